@@ -124,7 +124,7 @@ test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready .venv
 
 .venvs/optimum/.ready:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install $(PIP_ARGS) optimum-onnx==0.1.0 transformers==4.57.6 onnxruntime torch
+	$(@D)/bin/pip install $(PIP_ARGS) optimum-onnx==0.1.0 transformers==4.57.6 onnxruntime torch==2.13.0
 	touch $@
 
 # Models of real weights, trained for a few steps: every form, parity, loss, GGUF, server, bench, and
@@ -171,7 +171,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_architecture.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The site opens from disk (site/index.html); its search needs a server: .venv/bin/mkdocs serve.
 docs: $(READY)

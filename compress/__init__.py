@@ -40,9 +40,7 @@ def distill(
             "parents": parents,
         }
     )
-    found = find_artifact(out, kind="student", key=key)
-    if found is not None:
-        shutil.rmtree(work_folder(out), ignore_errors=True)  # a kill can leave it
+    if found := _made_before(out, key):
         return found
     with _libraries():
         from compress.loop import train
@@ -72,8 +70,7 @@ def recover(
     key = fingerprint(
         {"stage": "recover", "version": _RECOVERY, "student": trained.digest, **given}
     )
-    if found := find_artifact(out, kind="student", key=key):
-        shutil.rmtree(work_folder(out), ignore_errors=True)
+    if found := _made_before(out, key):
         return found
     with _libraries():
         from compress.recovery import train_through
@@ -110,9 +107,9 @@ def cache_teachers(
 ) -> None:
     """Let every teacher read once what `heal` will ask it for. Raises as `distill`."""
     with _libraries():
-        from compress.healing import cache_teachers as run
+        from compress.healing import prepare
 
-        run(recipe=recipe, products=products, work=work, rounds=rounds)
+        prepare(recipe, products, work, rounds)
 
 
 def fill_cache(
@@ -135,6 +132,13 @@ def fill_cache(
                 make_shards(actors, cache.missing())
             cache.require_all()
         return cache.complete()
+
+
+def _made_before(out: Path, key: str) -> Artifact | None:
+    found = find_artifact(out, kind="student", key=key)
+    if found is not None:
+        shutil.rmtree(work_folder(out), ignore_errors=True)  # a kill can leave it
+    return found
 
 
 @contextmanager

@@ -91,6 +91,10 @@ class Spans:
     start_RL: Tensor  # label position where the chunk of this label begins; -1: in no chunk
     ends_RL: Tensor  # whether a chunk ends with this label, and its evidence is here
 
+    def rows(self, rows: Tensor | slice) -> Spans:
+        """Those of some rows."""
+        return Spans(self.target_RL[rows], self.start_RL[rows], self.ends_RL[rows])
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -297,7 +301,7 @@ class AlignedReading:
 
     def _logits(self, index: slice | Tensor) -> Tensor:
         z_BV = self.head.finish(self.product_NV[index])
-        return z_BV / self.temperature
+        return z_BV if self.temperature == 1.0 else z_BV / self.temperature
 
     def _blocks(self, count: int) -> list[slice]:
         size = max(1, CACHED // self.product_NV.shape[1])
@@ -387,6 +391,6 @@ def student_logp(
     """Label log-likelihood ``[R, L]`` of the student, in nats; 0 without a label."""
     found_RL = torch.zeros(labels_RL.shape, device=labels_RL.device)
     for place in chunks_of_labels(labels_RL, chunk, whole_rows=False):
-        logq_CV = torch.log_softmax(head.logits(hidden_RLd[place], rows), dim=-1)
-        found_RL[place] = logq_CV.gather(1, labels_RL[place][:, None])[:, 0]
+        product_CV = head.product(hidden_RLd[place], rows)
+        found_RL[place] = head.label_logp(product_CV, labels_RL[place])
     return found_RL

@@ -1,4 +1,4 @@
-"""Files of a training that is under way: the checkpoint it can go on from, its log and samples.
+"""Files of a training that is under way: its checkpoint, log and samples.
 
 They lie in a work folder beside the student's. The log goes into the student's artifact, and so do
 the texts that the student wrote (`training.on_policy`), if there are any.

@@ -53,6 +53,15 @@ class Head:
             logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
         return logits_CV
 
+    def label_logp(self, product_CV: Tensor, labels_C: Tensor) -> Tensor:
+        """Log-likelihood ``[C]`` of the labels in nats, from a `product`."""
+        found = []
+        for block in blocks_of(labels_C, product_CV.shape[1]):
+            z_BV = self.finish(product_CV[block])
+            label_B = z_BV.gather(1, labels_C[block, None])[:, 0]
+            found.append(label_B - z_BV.logsumexp(-1))
+        return torch.cat(found)
+
 
 def chunks_of_labels(
     labels_RL: Tensor, chunk: int, *, whole_rows: bool

@@ -23,7 +23,7 @@ def heal(
 ) -> None:
     """See `compress.heal`."""
     steps = [tokens // recipe.training.batch_tokens for tokens in rounds]
-    run = _setup(recipe, products, work, rounds)
+    run = prepare(recipe, products, work, rounds)
     measure_teachers(run)
     reported = 0
 
@@ -42,14 +42,8 @@ def heal(
         run.log.close()
 
 
-def cache_teachers(
-    *, recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]
-) -> None:
-    """See `compress.cache_teachers`."""
-    _setup(recipe, products, work, rounds)
-
-
-def _setup(recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]) -> Run:
+def prepare(recipe: Recipe, products: Mapping[str, Path], work: Path, rounds: Sequence[int]) -> Run:
+    """Load everything; the teachers read what the rounds will ask them for."""
     config = recipe.training
     assert all(tokens % config.batch_tokens == 0 for tokens in rounds)
     every = math.gcd(*(tokens // config.batch_tokens for tokens in rounds))

@@ -25,31 +25,27 @@ teachers in p and W the sum of their weights,
 and l_k is the binary cross-entropy of a chunk's likelihoods (once a chunk), or the distance of
 sorted probabilities.
 
-`plain_loss` writes out this formula and keeps ``[K, T, V]`` in memory. `fused_loss` computes the
-same value and gradient in chunks; the tests hold one to the other.
+`plain_loss` writes out this formula and keeps ``[K, T, V]`` in memory, for reading and for tests.
+Training uses `compress.chunked`, which computes the same value and gradient in chunks; the tests
+hold one to the other.
 
-Shapes: K teachers, R rows (sequences), L positions of a row, T label positions of a batch, C of a
-chunk, B of a block of a chunk, V vocabulary, d hidden width.
+Shapes: K teachers, R rows (sequences), L positions of a row, M positions of a teacher with another
+tokenizer, T label positions of a batch, V vocabulary, d hidden width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.aligned import AlignedReading, AlignedStates, chunk_terms, ranked_loss, student_logp
-from compress.divergence import divergence, plain_divergence, safe_log, softmax_and_norm
-from compress.head import IGNORED, Head, Place, blocks_of, chunks_of_labels
-from compress.plain import plain_chunks, plain_logits, plain_read
-from compress.states import AnyStates, Reading, TeacherStates, statistics_of, teacher_statistics
-from compress.weights import Reach, span_of, weigh
+from compress.aligned import AlignedStates
+from compress.divergence import plain_divergence, safe_log
+from compress.head import IGNORED, Head
+from compress.states import AnyStates, TeacherStates
+from compress.weights import Reach, weigh
 from limbeck.contract.recipe import Fusion
-
-# The formula -----------------------------------------------------------------------------------
 
 
 def plain_loss(
@@ -67,7 +63,7 @@ def plain_loss(
 ) -> Tensor:
     """Compute the loss as the formula at the top of this file has it, a scalar with gradient.
 
-    It keeps ``[K, T, V]`` in memory: for reading and for tests. Arguments as in `fused_loss`.
+    Arguments as in `compress.chunked.fused_loss`.
     """
     valid_RL = labels_RL != IGNORED
     labels_T, z_TV = labels_RL[valid_RL], head.logits(hidden_RLd[valid_RL])
@@ -78,7 +74,7 @@ def plain_loss(
     reach = Reach.of([t.spans for t in teachers], labels_RL)
     with torch.no_grad():
         logq_TV = torch.log_softmax(z_TV, dim=-1)
-        read = [plain_read(t, labels_RL, logq_TV, tau) for t in teachers]
+        read = [_read(t, labels_RL, logq_TV, tau) for t in teachers]
         p_KTV, entropy_KRL, logp_KRL = (torch.stack(part) for part in zip(*read, strict=True))
         weights_KRL = weigh(
             config.weights, entropy_KRL, logp_KRL, labels_RL,
@@ -104,18 +100,10 @@ def plain_loss(
         teacher = teachers[k]
         assert isinstance(teacher, AlignedStates)
         if config.across != "uld":
-            fusion = fusion + plain_chunks(teacher, weights_KRL[k], logp_KRL[k], own_RL, tau)
+            fusion = fusion + _chunks(teacher, weights_KRL[k], logp_KRL[k], own_RL, tau)
             has_RL = has_RL | (teacher.spans.start_RL >= 0)
         else:
-            q_TV = torch.softmax(z_TV, dim=-1).sort(-1, descending=True).values
-            for t, (r, i) in enumerate(valid_RL.nonzero().tolist()):
-                if (m := int(teacher.alignment.at_RL[r, i])) >= 0:
-                    p_V = torch.softmax(plain_logits(teacher)[r, m], -1).sort(descending=True)[0]
-                    width = max(len(p_V), q_TV.shape[1])
-                    p_V, q_V = (
-                        torch.nn.functional.pad(x, (0, width - len(x))) for x in (p_V, q_TV[t])
-                    )
-                    fusion = fusion + weights_KRL[k, r, i] * (p_V - q_V).abs().sum()
+            fusion = fusion + _ranked(teacher, weights_KRL[k], valid_RL, z_TV)
     alpha_T = torch.where(has_RL[valid_RL], config.cross_entropy, uncovered)
     return ((alpha_T * cross_entropy_T).sum() + config.weight * fusion) / denominator
 
@@ -129,367 +117,63 @@ def is_fused(config: Fusion, teacher: AnyStates) -> bool:
     )
 
 
-# The same in chunks ----------------------------------------------------------------------------
+# Teachers as the formula has them, one position at a time --------------------------------------
 
 
-@dataclass(frozen=True)
-class FusionTerms:
-    """Raw terms of one batch, each summed over its label positions; statistics per position."""
-
-    loss: Tensor  # scalar with gradient: (alpha CE + beta tau^2 D) / denominator
-    cross_entropy: float  # nats
-    divergence: float  # tau^2 D, nats
-    weights_KRL: Tensor
-    entropy_KRL: Tensor  # nats, of the calibrated teachers at tau = 1
-    label_logp_KRL: Tensor  # nats
-    reach: Reach | None = None  # of teachers with other tokenizers
+def _logits(teacher: TeacherStates | AlignedStates) -> Tensor:
+    """Calibrated logits of the teacher's own tokens, at all its positions."""
+    hidden = teacher.hidden_RLd if isinstance(teacher, TeacherStates) else teacher.hidden_RMd
+    return teacher.head.logits(hidden) / teacher.temperature
 
 
-def fused_loss(
-    config: Fusion,
-    *,
-    hidden_RLd: Tensor,
-    head: Head,
-    teachers: Sequence[AnyStates],
-    labels_RL: Tensor,
-    denominator: int,
-    names: Sequence[str] = (),
-    progress: float = 1.0,
-    global_means_2K: Tensor | None = None,
-    prior_KR: Tensor | None = None,
-    uncovered: float = 1.0,
-) -> FusionTerms:
-    """Compute `plain_loss` in chunks, with the gradient at the hidden states and the head.
-
-    ``denominator`` is the number of label positions of the *global* batch, so that the losses of
-    micro-batches and processes add up. Without teachers the loss is the cross-entropy. ``names``
-    are those of the teachers, ``progress`` is the share of the training that is done, and
-    ``global_means_2K`` and ``prior_KR`` are explained at `compress.weights.weigh`. ``uncovered`` is
-    alpha at labels without a teacher: 0 on text that the student wrote itself.
-
-    Extra memory: K + 2 products ``[C, V]`` in the heads' number type (one belongs to the chunk
-    before) and a few fp32 blocks of them; on a GPU a block is the chunk. The vocabulary is the rows
-    that student and teachers share; padded rows are left out.
-    """
-    vocabulary = min([len(head.weight_Vd), *(t.vocabulary for t in teachers)])
-    batch = _Batch(
-        config, head, teachers, labels_RL, denominator, vocabulary, names, progress, prior_KR,
-        uncovered,
-    )  # fmt: skip
-    if batch.weighs == "ahead":
-        batch.weigh_ahead(global_means_2K)
-    if batch.across and config.across != "uld":
-        batch.match_chunks(hidden_RLd, head)
-    loss: Tensor = _ChunkedLoss.apply(hidden_RLd, head.weight_Vd, head.bias_V, batch)  # type: ignore[no-untyped-call]
-    return FusionTerms(
-        loss,
-        batch.cross_entropy,
-        batch.divergence,
-        batch.weights_KRL,
-        batch.entropy_KRL,
-        batch.label_logp_KRL,
-        batch.reach,
-    )
+def _read(
+    teacher: TeacherStates | AlignedStates, labels_RL: Tensor, logq_TV: Tensor, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p_k at tau ``[T, V]``; entropy and evidence at tau = 1 ``[R, L]``."""
+    z_RMV = _logits(teacher)
+    logp_RMV = torch.log_softmax(z_RMV, dim=-1)
+    entropy_RM = -(logp_RMV.exp() * logp_RMV).sum(-1)
+    p_RMV, valid_RL = torch.softmax(z_RMV / tau, dim=-1), labels_RL != IGNORED
+    if isinstance(teacher, TeacherStates):
+        label_logp = logp_RMV.gather(2, labels_RL.clamp(min=0)[..., None])[..., 0]
+        return p_RMV[valid_RL], entropy_RM * valid_RL, label_logp * valid_RL
+    a, target_V = teacher.alignment, teacher.target_V[: z_RMV.shape[-1]]
+    p_TV = torch.zeros_like(logq_TV)
+    entropy_RL, evidence_RL = torch.zeros(labels_RL.shape), torch.zeros(labels_RL.shape)
+    for t, (r, i) in enumerate(valid_RL.nonzero().tolist()):
+        m = int(a.at_RL[r, i])
+        if m >= 0:
+            mapped = target_V >= 0
+            p_TV[t].index_add_(0, target_V[mapped], p_RMV[r, m, mapped])
+            p_TV[t] += p_RMV[r, m, ~mapped].sum() * logq_TV[t].exp()
+            entropy_RL[r, i] = entropy_RM[r, m] * a.rate_R[r]
+        for n in range(int(a.first_RL[r, i]), int(a.last_RL[r, i])):
+            evidence_RL[r, i] += logp_RMV[r, n, a.ids_RM[r, n + 1]]
+    return p_TV, entropy_RL, evidence_RL
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Value and gradient in one pass over the chunks; no ``[T, V]`` tensor outlives its chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_RLd: Tensor, weight_Vd: Tensor, bias_V: Tensor | None, batch: _Batch
-    ) -> Tensor:
-        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        rows = batch.vocabulary
-        grad_hidden = torch.zeros_like(hidden_RLd) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_Vd, dtype=torch.float32) if wants_weight else None
-        grad_bias = None
-        if wants_bias and bias_V is not None:
-            grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
-        # Autograd gives this function detached tensors of the same head.
-        head = Head(weight_Vd, bias_V, batch.head.scale, batch.head.softcap)
-        loss = torch.zeros((), dtype=torch.float64)
-        for place in chunks_of_labels(
-            batch.labels_RL, batch.config.chunk, whole_rows=batch.weighs == "rows"
-        ):
-            hidden_Cd = hidden_RLd[place]
-            value, slope_CV = batch.chunk(head, hidden_Cd, place)
-            loss += value
-            # Logits are h W^T + b, so their gradient G gives G W, G^T h and the sum of G.
-            if wants_hidden or wants_weight:
-                slope_CV = slope_CV.to(hidden_Cd.dtype)
-            if grad_hidden is not None:
-                grad_hidden[place] = slope_CV @ weight_Vd[:rows].to(slope_CV.dtype)
-            if grad_weight is not None:
-                grad_weight[:rows] += slope_CV.T @ hidden_Cd
-            if grad_bias is not None:
-                grad_bias[:rows] += slope_CV.sum(0)
-        ctx.gradients = grad_hidden, grad_weight, grad_bias
-        ctx.dtypes = weight_Vd.dtype, bias_V.dtype if bias_V is not None else None
-        loss += batch.chunks / batch.denominator
-        return loss.float().to(hidden_RLd.device)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_loss: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden, weight, bias = (
-            g.mul_(grad_loss.to(g.dtype)) if g is not None else None for g in ctx.gradients
-        )
-        weight_type, bias_type = ctx.dtypes
-        return (
-            hidden,
-            weight.to(weight_type) if weight is not None else None,
-            bias.to(bias_type) if bias is not None and bias_type is not None else None,
-            None,
-        )
+def _chunks(
+    teacher: AlignedStates, weights_RL: Tensor, evidence_RL: Tensor, own_RL: Tensor, tau: float
+) -> Tensor:
+    """Weighted binary cross-entropy of the likelihoods of all chunks, to the power of 1 / tau."""
+    total = torch.zeros((), dtype=torch.float64)
+    for r, end in teacher.spans.ends_RL.nonzero().tolist():
+        start = int(teacher.spans.start_RL[r, end])
+        ours = (own_RL[r, start : end + 1].double().sum() / tau).exp()
+        theirs = (evidence_RL[r, end].double() / tau).exp()
+        value = torch.nn.functional.binary_cross_entropy(ours, theirs)
+        total = total + weights_RL[r, start] * value
+    return total.float()
 
 
-@dataclass
-class _Batch:
-    """One batch: what the chunks read, and the terms that they add to."""
-
-    config: Fusion
-    head: Head
-    teachers: Sequence[AnyStates]
-    labels_RL: Tensor
-    denominator: int
-    vocabulary: int
-    names: Sequence[str]
-    progress: float
-    prior_KR: Tensor | None = None
-    uncovered: float = 1.0
-    cross_entropy: float = 0.0
-    divergence: float = 0.0
-    chunks: float = 0.0  # beta times the terms of chunks
-    weights_KRL: Tensor = field(init=False)
-    entropy_KRL: Tensor = field(init=False)
-    label_logp_KRL: Tensor = field(init=False)
-    reach: Reach | None = field(init=False)
-    mixed: list[int] = field(init=False)  # teachers in the fused target
-    across: list[int] = field(init=False)  # the others, which have a loss of their own
-    chunk_slope_RL: Tensor | None = None  # at the label's log-likelihood, times beta
-    covered_RL: Tensor | None = None  # labels in such a chunk
-
-    def __post_init__(self) -> None:
-        shape = len(self.teachers), *self.labels_RL.shape
-        self.weights_KRL = torch.zeros(shape, device=self.labels_RL.device)
-        self.entropy_KRL = torch.zeros_like(self.weights_KRL)
-        self.label_logp_KRL = torch.zeros_like(self.weights_KRL)
-        # When weights are computed: with each block, with each chunk of whole rows where a weight
-        # depends on its row, or ahead of the chunks where it depends on more than a chunk holds.
-        self.reach = Reach.of([t.spans for t in self.teachers], self.labels_RL)
-        K = len(self.teachers)
-        self.mixed = [k for k in range(K) if is_fused(self.config, self.teachers[k])]
-        self.across = [k for k in range(K) if k not in self.mixed]
-        span = span_of(self.config.weights, aligned=self.reach is not None)
-        self.weighs = "block" if span == "token" or not self.teachers else "rows"
-        if self.weighs == "rows" and (
-            span == "batch" or self.config.chunk < self.labels_RL.shape[1]
-        ):
-            self.weighs = "ahead"
-        if self.across and self.config.across != "uld":
-            self.weighs = "ahead"
-
-    def weigh_ahead(self, global_means_2K: Tensor | None) -> None:
-        """Compute the statistics and the weights of the whole batch, in a pass of its own."""
-        self.entropy_KRL, self.label_logp_KRL = teacher_statistics(
-            self.teachers, self.labels_RL, vocabulary=self.vocabulary, chunk=self.config.chunk
-        )
-        self._weigh((slice(None), slice(None)), global_means_2K)
-
-    @torch.no_grad()
-    def match_chunks(self, hidden_RLd: Tensor, head: Head) -> None:
-        """Compare the likelihoods of chunks, once the weights are known."""
-        config, spans = self.config, [self.teachers[k].spans for k in self.across]
-        own_RL = student_logp(
-            hidden_RLd, head, self.labels_RL, rows=self.vocabulary, chunk=config.chunk
-        )
-        value, slope_RL = chunk_terms(
-            [s for s in spans if s is not None],
-            [self.weights_KRL[k] for k in self.across],
-            [self.label_logp_KRL[k] for k in self.across],
-            own_RL,
-            self.labels_RL != IGNORED,
-            config.temperature,
-        )
-        self.divergence, self.chunks = value, config.weight * value
-        self.chunk_slope_RL = config.weight * slope_RL
-        starts = torch.stack([s.start_RL for s in spans if s is not None])
-        self.covered_RL = (starts >= 0).any(0)
-
-    def chunk(self, head: Head, hidden_Cd: Tensor, place: Place) -> tuple[float, Tensor]:
-        """Return the loss of one chunk and its gradient ``[C, V]`` at the product h W^T + b."""
-        labels_C = self.labels_RL[place]
-        product_CV = head.product(hidden_Cd, self.vocabulary)
-        # `weigh_ahead` has read all that matching chunks needs.
-        known = self.across if self.config.across != "uld" else ()
-        readings = [
-            None if k in known else teacher.read(place, self.vocabulary)
-            for k, teacher in enumerate(self.teachers)
-        ]
-        if self.weighs == "rows":
-            # The blocks compute these softmaxes again: cheaper than to keep K of them.
-            for k, reading in enumerate(readings):
-                assert reading is not None, "weighed ahead"
-                self.entropy_KRL[k][place], self.label_logp_KRL[k][place] = statistics_of(
-                    reading, labels_C, self.vocabulary
-                )
-            self._weigh((place[0].unique(),))
-        loss = 0.0
-        for block in blocks_of(labels_C, self.vocabulary):
-            value, slope_BV = self._block(head, product_CV, readings, place, block)
-            product_CV[block] = slope_BV  # the gradient takes the place of the product
-            loss += value
-        return loss, product_CV
-
-    def _block(
-        self,
-        head: Head,
-        product_CV: Tensor,
-        readings: Sequence[Reading | None],
-        place: Place,
-        block: slice,
-    ) -> tuple[float, Tensor]:
-        """As `chunk`, for one block of it.
-
-        The gradient at the logits z is alpha (softmax(z) - y) + beta tau G: y is the one-hot label
-        and G is the gradient of D at z / tau, so that tau^2 / tau leaves one tau.
-        """
-        config, labels_B1 = self.config, self.labels_RL[place][block, None]
-        z_BV = head.finish(product_CV[block])
-        q_BV, norm_B1 = softmax_and_norm(z_BV)
-        logq_BV = z_BV.sub_(norm_B1)  # in place: the logits are not read again
-        cross_entropy = -float(logq_BV.gather(1, labels_B1).double().sum())
-        self.cross_entropy += cross_entropy
-        alpha, beta, fusion, slope_BV = 1.0, 0.0, 0.0, q_BV
-        if readings and self.reach is not None:
-            return self._block_within_reach(head, readings, place, block, logq_BV, norm_B1, q_BV)
-        if readings:
-            alpha, beta, tau = config.cross_entropy, config.weight, config.temperature
-            target_BV = self._target(readings, place, block, logq_BV)
-            value_B, slope_BV = self._divergence(target_BV, logq_BV, q_BV)
-            fusion = float(value_B.double().sum()) * tau**2
-            slope_BV.mul_(beta * tau).add_(q_BV, alpha=alpha)
-            self.divergence += fusion
-        slope_BV.scatter_add_(1, labels_B1, torch.full_like(slope_BV[:, :1], -alpha))
-        self._to_product(head, slope_BV, logq_BV, norm_B1)
-        return (alpha * cross_entropy + beta * fusion) / self.denominator, slope_BV
-
-    def _to_product(self, head: Head, slope_BV: Tensor, logq_BV: Tensor, norm_B1: Tensor) -> None:
-        """Turn a gradient at the logits into one at the product h W^T + b, in place."""
-        if head.softcap is not None:
-            # z = c tanh(x / c), so dz/dx = 1 - (z / c)^2; the logits are logq + norm.
-            slope_BV.mul_(1 - ((logq_BV + norm_B1) / head.softcap) ** 2)
-        slope_BV.mul_(head.scale / self.denominator)
-
-    def _block_within_reach(
-        self,
-        head: Head,
-        readings: Sequence[Reading | None],
-        place: Place,
-        block: slice,
-        logq_BV: Tensor,
-        norm_B1: Tensor,
-        q_BV: Tensor,
-    ) -> tuple[float, Tensor]:
-        """As `_block`, where teachers may miss a label: alpha and beta depend on the label."""
-        config, labels_B1 = self.config, self.labels_RL[place][block, None]
-        at = place[0][block], place[1][block]
-        target_BV, tau = self._target(readings, place, block, logq_BV), config.temperature
-        weights_KB1 = self.weights_KRL[:, at[0], at[1], None]
-        share_B1 = weights_KB1[self.mixed].sum(0)
-        value_B, slope_BV = self._divergence(target_BV, logq_BV, q_BV)
-        fusion_B = torch.where(share_B1[:, 0] > 0, value_B * tau**2 * share_B1[:, 0], 0.0)
-        slope_BV.mul_(config.weight * tau * share_B1)
-        if config.across == "uld":
-            for k in self.across:
-                reading = readings[k]
-                assert isinstance(reading, AlignedReading), "the recipe's check refuses a cache"
-                value_B, ranked_BV = ranked_loss(reading.ranked(block), q_BV)
-                fusion_B = fusion_B + weights_KB1[k, :, 0] * value_B
-                slope_BV.addcmul_(ranked_BV, config.weight * weights_KB1[k])
-        has_B1 = weights_KB1.sum(0) > 0
-        if self.covered_RL is not None:
-            has_B1 = has_B1 | self.covered_RL[at][:, None]
-        alpha_B1 = torch.where(has_B1, config.cross_entropy, self.uncovered)
-        logp_B1 = logq_BV.gather(1, labels_B1)
-        loss = float((config.weight * fusion_B - (alpha_B1 * logp_B1)[:, 0]).double().sum())
-        if self.chunk_slope_RL is not None:  # d log q(label) / dz is y - q
-            alpha_B1 = alpha_B1 - self.chunk_slope_RL[at][:, None]
-        slope_BV.addcmul_(q_BV, alpha_B1).scatter_add_(1, labels_B1, -alpha_B1)
-        self.divergence += float(fusion_B.double().sum())
-        self._to_product(head, slope_BV, logq_BV, norm_B1)
-        return loss / self.denominator, slope_BV
-
-    def _divergence(
-        self, target_BV: Tensor, logq_BV: Tensor, q_BV: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """D ``[B]`` at tau, and its gradient at z / tau; ``q_BV`` is the student at tau = 1."""
-        kind, tau = self.config.divergence, self.config.temperature
-        if tau == 1.0:
-            return divergence(kind, target_BV, logq_BV, q_BV)
-        return divergence(kind, target_BV, torch.log_softmax(logq_BV / tau, dim=-1))
-
-    def _target(
-        self, readings: Sequence[Reading | None], place: Place, block: slice, logq_BV: Tensor
-    ) -> Tensor:
-        """Return the fused teacher distribution ``[B, V]`` at tau; keep the statistics."""
-        row_B, position_B = place[0][block], place[1][block]
-        teachers = []
-        for k, reading in enumerate(readings):
-            if k in self.across:  # its statistics are known, or asked for without a distribution
-                entropy_B, logp_B = self._statistics_across(k, reading, place, block)
-                p_BV = logq_BV[:0]
-            else:
-                assert reading is not None, "not in the target"
-                p_BV, entropy_B, logp_B = reading.distribution(
-                    block, self.labels_RL[place], tau=self.config.temperature, logq_BV=logq_BV
-                )
-            teachers.append(p_BV)
-            self.entropy_KRL[k, row_B, position_B] = entropy_B
-            self.label_logp_KRL[k, row_B, position_B] = logp_B
-        if self.weighs == "block":
-            self._weigh((row_B[:, None], position_B[:, None]))
-        weights_KB1 = self.weights_KRL[:, row_B, position_B, None]
-        if self.across:
-            weights_KB1 = weights_KB1[self.mixed]
-            weights_KB1 = weights_KB1 / weights_KB1.sum(0).clamp(min=1e-30)
-            teachers = [teachers[k] for k in self.mixed]
-        if not teachers:
-            return torch.zeros_like(logq_BV)
-        if self.config.space == "arithmetic":
-            target_BV = teachers[0].mul_(weights_KB1[0])
-            for p_BV, weight_B1 in zip(teachers[1:], weights_KB1[1:], strict=True):
-                target_BV.addcmul_(p_BV, weight_B1)
-            return target_BV
-        log_BV = safe_log(teachers[0]).mul_(weights_KB1[0])
-        for p_BV, weight_B1 in zip(teachers[1:], weights_KB1[1:], strict=True):
-            log_BV.addcmul_(safe_log(p_BV), weight_B1)
-        return torch.softmax(log_BV, dim=-1)
-
-    def _statistics_across(
-        self, k: int, reading: Reading | None, place: Place, block: slice
-    ) -> tuple[Tensor, Tensor]:
-        """Entropy and evidence ``[B]`` of a teacher that is not in the fused target."""
-        if self.weighs == "ahead":
-            at = place[0][block], place[1][block]
-            return self.entropy_KRL[k][at], self.label_logp_KRL[k][at]
-        assert reading is not None, "its chunks are not matched"
-        entropy_C, logp_C = statistics_of(reading, self.labels_RL[place], self.vocabulary)
-        return entropy_C[block], logp_C[block]
-
-    def _weigh(self, where: tuple[Any, ...], global_means_2K: Tensor | None = None) -> None:
-        """Set the weights at ``where``, an index of ``[R, L]``, from the statistics there."""
-        at = (slice(None), *where)
-        self.weights_KRL[at] = weigh(
-            self.config.weights,
-            self.entropy_KRL[at],
-            self.label_logp_KRL[at],
-            self.labels_RL[where],
-            names=self.names,
-            progress=self.progress,
-            global_means_2K=global_means_2K,
-            prior_KR=None if self.prior_KR is None else self.prior_KR[:, where[0]],
-            reach=self.reach.at(where) if self.reach is not None else None,
-        )
+def _ranked(teacher: AlignedStates, weights_RL: Tensor, valid_RL: Tensor, z_TV: Tensor) -> Tensor:
+    """Weighted sum of the differences between the ranked probabilities of both (ULD)."""
+    p_RMV = torch.softmax(_logits(teacher), dim=-1).sort(-1, descending=True).values
+    q_TV = torch.softmax(z_TV, dim=-1).sort(-1, descending=True).values
+    total = torch.zeros(())
+    for q_V, (r, i) in zip(q_TV, valid_RL.nonzero().tolist(), strict=True):
+        if (m := int(teacher.alignment.at_RL[r, i])) >= 0:
+            width = max(p_RMV.shape[-1], len(q_V))
+            p_V, q_V = (torch.nn.functional.pad(x, (0, width - len(x))) for x in (p_RMV[r, m], q_V))
+            total = total + weights_RL[r, i] * (p_V - q_V).abs().sum()
+    return total

@@ -7,7 +7,7 @@ k kept tokens, V vocabulary, d_k width of a teacher.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -63,11 +63,12 @@ class SparseStates:
 
     def read(self, place: Place, vocabulary: int) -> Reading:
         """As `TeacherStates.read`."""
-        kept = (self.ids_RLk[place].long(), self.share_RLk[place].float())
         lost_C = self.lost_RL[place] if self.lost_RL is not None else None
-        return _SparseReading(
-            *kept, self.entropy_RL[place], self.label_logp_RL[place], vocabulary, lost_C
-        )
+        reading = _SparseReading(
+            self.ids_RLk[place].long(), self.share_RLk[place].float(), self.entropy_RL[place],
+            self.label_logp_RL[place], vocabulary, lost_C,
+        )  # fmt: skip
+        return reading.within() if vocabulary < self.vocabulary else reading
 
 
 AnyStates = TeacherStates | SparseStates | AlignedStates
@@ -113,6 +114,31 @@ class _SparseReading:
     label_logp_C: Tensor
     vocabulary: int
     lost_C: Tensor | None
+
+    def within(self) -> _SparseReading:
+        """Leave out kept tokens that the student does not have, such as padding or added tokens.
+
+        The rest is scaled up to a distribution, as the softmax of a teacher in this process is. A
+        teacher of another tokenizer has no token for that mass instead.
+        """
+        beyond_Ck = self.ids_Ck >= self.vocabulary
+        out_Ck = self.share_Ck * beyond_Ck
+        # Without a share, an id repeats a known one: the tail is not spread over the ids.
+        known_C1 = (~beyond_Ck).int().argmax(-1, keepdim=True)
+        repeated_C1 = self.ids_Ck.gather(1, known_C1).clamp(max=self.vocabulary - 1)
+        found = replace(self, ids_Ck=torch.where(beyond_Ck, repeated_C1, self.ids_Ck))
+        if self.lost_C is not None:
+            return replace(
+                found, share_Ck=self.share_Ck - out_Ck, lost_C=self.lost_C + out_Ck.sum(-1)
+            )
+        left_C = (1 - out_Ck.sum(-1)).clamp(min=TINY)
+        return replace(
+            found,
+            share_Ck=(self.share_Ck - out_Ck) / left_C[:, None],
+            entropy_C=(self.entropy_C + torch.xlogy(out_Ck, out_Ck).sum(-1)) / left_C
+            + left_C.log(),
+            label_logp_C=self.label_logp_C - left_C.log(),
+        )
 
     @torch.no_grad()
     def distribution(

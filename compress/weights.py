@@ -204,12 +204,7 @@ def _raw_weights(
         case LabelWeights():
             return softmax(logp_KRL / config.sharpness)
         case CorrectedEntropyWeights():
-            if target_KRL is None:
-                overconfidence = _row_mean(-label_logp_KRL - entropy_KRL, valid_RL)
-            else:  # the entropy is known at other positions than the evidence
-                overconfidence = _row_mean(-label_logp_KRL, valid_RL) - _row_mean(
-                    entropy_KRL, known
-                )
+            overconfidence = _overconfidence(entropy_KRL, label_logp_KRL, valid_RL, target_KRL)
             return softmax(-(entropy_KRL + overconfidence) / config.sharpness)
         case PosteriorWeights():
             # Evidence at a position is the label likelihood of the positions before it only.
@@ -217,6 +212,17 @@ def _raw_weights(
             if prior_KR is not None:
                 evidence = evidence + prior_KR[..., None]
             return softmax(config.evidence * evidence - config.entropy * entropy_KRL)
+
+
+def _overconfidence(
+    entropy_KRL: Tensor, label_logp_KRL: Tensor, valid_RL: Tensor, target_KRL: Tensor | None
+) -> Tensor:
+    """Mean loss less mean entropy of each row, ``[K, R, 1]``; 0 for a calibrated teacher."""
+    if target_KRL is None:
+        return _row_mean(-label_logp_KRL - entropy_KRL, valid_RL)
+    # The entropy is known at other positions than the evidence.
+    mean_entropy = _row_mean(entropy_KRL, valid_RL & target_KRL)
+    return _row_mean(-label_logp_KRL, valid_RL) - mean_entropy
 
 
 def log_prior(

@@ -1,6 +1,4 @@
-"""One form of the student: its graphs, rounded or cast, and the measurements that say whether it is
-kept.
-"""
+"""One form of the student: its graphs and the measurements that decide if it is kept."""
 
 from __future__ import annotations
 
@@ -86,9 +84,7 @@ def make_form(form: AnyForm, job: Job) -> tuple[ExportedForm, Scheme | None]:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system: the C library keeps it, and each phase needs the model
-    once more.
-    """
+    """Give freed memory back to the system; the C library would keep it."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc

@@ -27,9 +27,7 @@ _HAS_PROMPT_GRAPH = "int8-weight"
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graphs of one form and the weights file that all refer to; paths below the deployable
-    folder.
-    """
+    """The graphs of one form and their weights file; paths below the deployable folder."""
 
     last: Path
     all: Path

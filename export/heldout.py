@@ -18,9 +18,7 @@ from limbeck.runtime.decoder import GraphDecoder
 def heldout_losses(
     all_logits: Path, heldout: Mapping[str, Blocks], *, provider: Provider = "cpu"
 ) -> dict[str, list[float]]:
-    """Nats of each held-out block, summed over its scored tokens, by domain, from a graph that
-    keeps all logits.
-    """
+    """Nats of each held-out block over its scored tokens, by domain, from an all-logits graph."""
     decoder = GraphDecoder(all_logits, provider=provider)
     found: dict[str, list[float]] = {name: [] for name in heldout}
     with task(f"held-out text: {all_logits.stem}", sum(map(len, heldout.values()))) as progress:

@@ -26,20 +26,11 @@ from limbeck.contract.recipe.export import GgufForm
 
 _ATTENTION_OUT = re.compile(r"(o_proj|out_proj|c_proj|dense)$")
 # Bytes of the graph file without weights: of a model, and of one of its layers in fp32, in
-# blockwise forms, and in forms with nodes that round activations. Torch's exporter keeps notes on
-# every node and writes norms as many small nodes.
+# blockwise forms, and in forms with nodes that round activations.
 _Growth = tuple[int, tuple[int, int, int]]
 _GENAI: _Growth = (6_000, (4_500, 5_600, 10_500))
-_DYNAMO: dict[str, _Growth] = {"gpt2": (36_000, (72_000, 71_000, 74_000))}
-_OTHER_DYNAMO: _Growth = (36_000, (91_000, 84_000, 87_000))
-_ENCODERS: dict[tuple[str, str], _Growth] = {
-    ("bert", "classification"): (60_000, (85_200, 69_400, 72_400)),
-    ("bert", "embedding"): (54_000, (74_500, 60_900, 63_900)),
-    ("roberta", "classification"): (72_000, (90_600, 73_700, 76_800)),
-    ("roberta", "embedding"): (63_000, (77_900, 63_600, 66_600)),
-    ("distilbert", "classification"): (53_000, (84_600, 68_300, 71_300)),
-    ("distilbert", "embedding"): (47_000, (70_200, 56_800, 59_800)),
-}
+_DYNAMO: _Growth = (6_300, (2_500, 4_350, 6_000))  # of GPT-2, GPT-NeoX and OPT
+_ENCODER: _Growth = (11_500, (2_100, 4_100, 7_200))  # of BERT, RoBERTa and DistilBERT
 _WITH_PROMPT = 2.3  # times the bytes of a graph that is shipped with one for long prompts
 _INLINE = 256  # bytes below which torch's exporter keeps a tensor in the graph of an encoder
 
@@ -89,10 +80,9 @@ def _decoder_bytes(model: Any, form: Form, backend: str, provider: Provider) -> 
     rest: int = sum(p.numel() for p in model.parameters()) - sum(m.numbers for m in matrices)
     # Torch's graphs keep vectors in fp32; the builder's have tables of cosines and sines.
     size = number * (rest + _rotary_numbers(config)) if fused else 4 * rest
-    growth = _GENAI if fused else _DYNAMO.get(config.model_type, _OTHER_DYNAMO)
     scheme = scheme_for(form, int(model.get_output_embeddings().weight.shape[1]))
     layers = int(config.get_text_config().num_hidden_layers)
-    graph = _graph_bytes(growth, layers, scheme)
+    graph = _graph_bytes(_GENAI if fused else _DYNAMO, layers, scheme)
     if form.kind == "int8-weight" and provider == "cpu":
         graph = round(_WITH_PROMPT * graph)
     return size + graph + _stored(matrices, scheme, number)
@@ -130,10 +120,9 @@ def _encoder_bytes(model: Any, form: EncoderForm, task: str) -> int:
     ]
     size: int = 4 * (sum(p.numel() for p in used) - sum(m.numbers for m in matrices))
     size += sum(b.numel() * b.element_size() for b in model.buffers())  # positions, token types
-    growth = _ENCODERS.get((config.model_type, task), _ENCODERS["bert", task])
     scheme = encoder_scheme(form, int(config.hidden_size))
     layers = int(config.num_hidden_layers)
-    return size + _graph_bytes(growth, layers, scheme) + _stored(matrices, scheme, 4)
+    return size + _graph_bytes(_ENCODER, layers, scheme) + _stored(matrices, scheme, 4)
 
 
 def _graph_bytes(growth: _Growth, layers: int, scheme: Scheme | None) -> int:

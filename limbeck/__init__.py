@@ -6,7 +6,7 @@ Importing this package is cheap. It prepares the environment before any heavy li
 import signal
 import sys
 
-# While Python imports the command there is nothing to put away: Ctrl-C ends it without words. A
+# While Python imports the command there is nothing to clean up: Ctrl-C ends it in silence. A
 # program that imports this package keeps its own way.
 _IS_COMMAND = sys.argv[0].endswith("limbeck") or (sys.argv[0], sys.orig_argv[1:3]) == (
     "-m",

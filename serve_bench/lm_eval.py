@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -49,22 +49,9 @@ def evaluate(
             f"--include-path {include_path}: no such folder; expected one with lm-eval task files "
             "(*.yaml)."
         )
-    _offline()
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise EnvironmentalError(
-            f"lm-eval cannot be imported ({error}); run: pip install 'limbeck[eval]', best in an "
-            "environment of its own."
-        ) from None
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
-    if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        where = f"in {include_path} nor " if include_path else ""
-        raise UserError(
-            f"--tasks: found {', '.join(unknown)}, which is neither {where}among the tasks of "
-            "lm-eval."
-        )
+    lm_eval = _lm_eval()
+    manager = lm_eval.tasks.TaskManager(include_path=str(include_path) if include_path else None)
+    _require_known(tasks, manager, include_path)
     opened = open_artifact(artifact, kind="onnx")
     model = _adapter(artifact, form=form, threads=threads)
     try:
@@ -98,6 +85,15 @@ def evaluate(
     }
 
 
+def _require_known(tasks: Sequence[str], manager: Any, include_path: Path | None) -> None:
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        where = f"in {include_path} nor " if include_path else ""
+        raise UserError(
+            f"--tasks: found {', '.join(unknown)}, which is neither {where}among the tasks of "
+            "lm-eval."
+        )
+
+
 def markdown(result: dict[str, Any]) -> str:
     """A table: task, metric, value, standard error, samples."""
     lines = ["| task | metric | value | standard error | n |", "|---|---|---:|---:|---:|"]
@@ -111,15 +107,22 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _offline() -> None:
-    """Keep `datasets` from the network and its copies in our cache folder; takes effect before it
-    is first imported.
-    """
+def _lm_eval() -> Any:
+    """The library, with `datasets` kept from the network and its copies in our cache folder."""
     from limbeck.contract.sources.places import cache_folder
 
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("HF_DATASETS_CACHE", str(cache_folder() / "datasets"))
     os.environ.setdefault("HF_MODULES_CACHE", str(cache_folder() / "datasets" / "modules"))
+    try:
+        import lm_eval
+        import lm_eval.tasks
+    except ImportError as error:
+        raise EnvironmentalError(
+            f"lm-eval cannot be imported ({error}); run: pip install 'limbeck[eval]', best in an "
+            "environment of its own."
+        ) from None
+    return lm_eval
 
 
 def _figures(found: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -165,59 +168,68 @@ def _adapter(artifact: Path, *, form: str | None, threads: int | None) -> Any:
             )
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            answers = []
-            with progress_of("scoring", len(requests)) as progress:
-                for _pair, before, wanted in requests:
-                    answers.append(score(decoder, before, wanted, context))
-                    progress.advance()
-            return answers
+            return _answers("scoring", requests, lambda r: score(decoder, r[1], r[2], context))
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Log-probability of whole texts, in windows of the model's context."""
-            totals = []
-            with progress_of("scoring whole texts", len(requests)) as progress:
-                for request in requests:
-                    windows = get_rolling_token_windows(
-                        self.tok_encode(request.args[0]),
-                        prefix_token=start,
-                        max_seq_len=context - 1,
-                        context_len=1,
-                    )
-                    pieces = [make_disjoint_window(window) for window in windows]
-                    totals.append(
-                        sum(score(decoder, before, wanted, context)[0] for before, wanted in pieces)
-                    )
-                    progress.advance()
-            return totals
+
+            def total(request: Any) -> float:
+                windows = get_rolling_token_windows(
+                    self.tok_encode(request.args[0]),
+                    prefix_token=start,
+                    max_seq_len=context - 1,
+                    context_len=1,
+                )
+                pieces = [make_disjoint_window(window) for window in windows]
+                return sum(score(decoder, before, wanted, context)[0] for before, wanted in pieces)
+
+            return _answers("scoring whole texts", requests, total)
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             """Text up to the first stop text, the end token or the limit."""
-            answers = []
-            with progress_of("generating", len(requests)) as progress:
-                for request in requests:
-                    answers.append(self._generate(*request.args))
-                    progress.advance()
-            return answers
 
-        def _generate(self, prompt: str, options: dict[str, Any]) -> str:
-            until = options.get("until") or []
-            stops = [until] if isinstance(until, str) else list(until)
-            most = min(int(options.get("max_gen_toks", _MOST_NEW)), context - 1)
-            ids = (self.tok_encode(prompt) or [start])[-(context - most) :]
-            temperature = (
-                float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-            )
-            tokens = decoder.generate(
-                ids, most, stop_ids=text.stop_ids, sampling=Sampling(temperature=temperature)
-            )
-            answer = ""
-            for piece in text.stream(tokens):
-                answer += piece
-                if found := [place for stop in stops if (place := answer.find(stop)) >= 0]:
-                    return answer[: min(found)]
-            return answer
+            def one(request: Any) -> str:
+                prompt, options = request.args
+                return answer(decoder, text, self.tok_encode(prompt) or [start], options, context)
+
+            return _answers("generating", requests, one)
 
     return Adapter()
+
+
+def _answers(what: str, requests: Any, one: Callable[[Any], Any]) -> list[Any]:
+    """The answers of ``one`` to all requests, with a bar that says how far it is."""
+    found = []
+    with progress_of(what, len(requests)) as progress:
+        for request in requests:
+            found.append(one(request))
+            progress.advance()
+    return found
+
+
+def answer(
+    decoder: Decoder, text: Text, prompt: Sequence[int], options: Mapping[str, Any], context: int
+) -> str:
+    """Text after ``prompt`` up to the first stop text, the end token or the limit of ``options``.
+
+    What does not fit into ``context`` is cut off the prompt on the left.
+    """
+    until = options.get("until") or []
+    stops = [until] if isinstance(until, str) else list(until)
+    most = min(int(options.get("max_gen_toks", _MOST_NEW)), context - 1)
+    temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+    tokens = decoder.generate(
+        prompt[-(context - most) :],
+        most,
+        stop_ids=text.stop_ids,
+        sampling=Sampling(temperature=temperature),
+    )
+    found = ""
+    for piece in text.stream(tokens):
+        found += piece
+        if places := [place for stop in stops if (place := found.find(stop)) >= 0]:
+            return found[: min(places)]
+    return found
 
 
 def start_token(text: Text) -> int:

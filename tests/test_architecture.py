@@ -152,7 +152,8 @@ def test_text_files_are_utf8_on_every_machine() -> None:
 
 
 def test_folders_and_files_stay_small() -> None:
-    """At most 14 modules a folder and 500 lines a file; ruff holds lines to 100 characters."""
+    """At most 14 modules a folder, 500 lines a file and 60 a function; ruff holds lines to 100
+    characters."""
     ours = [p for name in ("limbeck", *STAGES, "tests", "docs") for p in files(name)]
     folders = Counter(path.parent for path in ours)
     assert {str(folder): n for folder, n in folders.items() if n > 14} == {}
@@ -162,3 +163,10 @@ def test_folders_and_files_stay_small() -> None:
         if "tests" not in path.parts
     }
     assert {path: lines for path, lines in long.items() if lines > 500} == {}
+    functions = {
+        f"{path}:{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in long
+        for node in ast.walk(ast.parse(Path(path).read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in functions.items() if lines > 60} == {}

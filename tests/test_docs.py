@@ -251,9 +251,12 @@ def test_the_command_reference_has_every_option(generator: ModuleType) -> None:
 
 
 def test_the_site_is_whole_and_loads_nothing_from_the_network(tmp_path: Path) -> None:
-    """mkdocs in strict mode: every page is in the navigation, every link and anchor exists."""
+    """mkdocs in strict mode: every page is in the navigation, every link and anchor exists.
+
+    Not with --quiet, which hides warnings from the strict mode too.
+    """
     result = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -297,3 +300,11 @@ def test_every_dependency_is_explained() -> None:
         name = re.split(r"[\[<>=;, ]", line)[0].lower()
         if not name.startswith("types-"):
             assert name.removesuffix("-cuda") in explained, name
+
+
+def test_every_environment_of_the_makefile_names_its_version_of_torch() -> None:
+    """A torch without a version brings gigabytes of CUDA, which filled the disk of a CI run."""
+    installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
+    words = [word for line in installs for word in line.split() if re.match(r"torch\b", word)]
+    pinned = re.search(r"^torch==.*", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned and words and set(words) == {pinned[0]}

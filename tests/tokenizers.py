@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from tokenizers import (
     Regex,
@@ -81,6 +82,36 @@ def unigram() -> Tokenizer:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
+
+
+BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+         "strip_accents": None, "lowercase": True}  # fmt: skip
+_WORDS = {"type": "Sequence", "pretokenizers": [
+    {"type": "WhitespaceSplit"},
+    {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}]}  # fmt: skip
+
+
+def encoder_tokenizer(kind: str) -> dict[str, Any]:
+    """tokenizer.json of a BERT (WordPiece) or an XLM-RoBERTa (Unigram), as the hub has it."""
+    letters = sorted({*"abcdefghijklmnopqrstuvwxyzACDEFHILMNOPQSTU0123456789,.:;'-é本日`"})
+    if kind == "Unigram":
+        special = ["<s>", "<pad>", "</s>", "<unk>"]
+        pieces = [*special, *letters, "\u2581", "\u2581the", "\u2581cat"]
+        model: dict[str, Any] = {"vocab": [[one, -float(n)] for n, one in enumerate(pieces)],
+                                 "unk_id": 3, "byte_fallback": False}  # fmt: skip
+        parts = {"normalizer": None, "pre_tokenizer": _WORDS}
+    else:
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        pieces = [*special, *letters, *(f"##{one}" for one in letters), "the", "cat"]
+        model = {"vocab": {one: n for n, one in enumerate(pieces)}, "unk_token": "[UNK]",
+                 "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}  # fmt: skip
+        parts = {"normalizer": BERT, "pre_tokenizer": {"type": "BertPreTokenizer"}}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": n, "content": one, "special": True} | flags for n, one in enumerate(special)]
+    empty = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+    return (
+        {"version": "1.0", "added_tokens": added, "model": {"type": kind} | model} | parts | empty
+    )
 
 
 def pieces(tokenizer: Tokenizer, name: str = "teacher") -> Pieces:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from compress.data.chat import chat_template, hidden, render
+from compress.data.chat import Chat, chat_template
 from compress.data.conversations import read_conversations
 from compress.data.documents import documents, pieces, require_prompts
 from compress.data.packing import (
@@ -125,8 +125,9 @@ def conversations(
                 f"  {where}: the chat template reads {name}, which this row has beside its "
                 "messages; such a key is not given to it. Put it under chat_template_kwargs."
             )
-        text, answers = render(conversation, tokenizer, template, where)
-        ignored |= hidden(conversation, text, tokenizer, template, where)
+        talk = Chat(conversation, tokenizer, template, where)
+        text, answers = talk.render()
+        ignored |= talk.hidden(text)
         for name in sorted(ignored - warned):
             say(
                 f"  {where}: the chat template shows no {name}; what this row has of them is left "
@@ -350,17 +351,10 @@ def _write_blocks(
         missing = _shortage(data, split, answers if chat else None, training, len(heldout_rows))
         raise DataError(f"data.domains: {domain.name}: too little text: {missing}")
     answers.say(domain.name if data.packing == "document" else f"{domain.name}, held-out text")
-    # Spread over the corpus; full blocks first, so that short documents do not dominate the loss.
-    if not chat:
+    if not chat:  # full blocks first, so that short documents do not dominate the loss
         heldout_rows = [row for row in heldout_rows if len(row[0]) == data.block] or heldout_rows
-    chosen = np.unique(
-        np.linspace(0, len(heldout_rows) - 1, min(data.heldout.blocks, len(heldout_rows)))
-        .round()
-        .astype(int)
-    )
-    arrays = _heldout_arrays(
-        [heldout_rows[i] for i in chosen], data.block, tokenizer, skip_special_tokens=chat
-    )
+    chosen = _spread(heldout_rows, data.heldout.blocks)
+    arrays = _heldout_arrays(chosen, data.block, tokenizer, skip_special_tokens=chat)
     for name, array in {"train_lengths": lengths, **arrays}.items():
         np.save(folder / f"{name}.npy", array)
     counts = {name: getattr(answers, name) for name in ("kept", "shortened", "dropped")}
@@ -370,6 +364,12 @@ def _write_blocks(
         "heldout_blocks": len(chosen),
         "answers": counts if chat else None,
     }
+
+
+def _spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most ``count`` rows, from all over the corpus."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return [rows[i] for i in np.unique(places)]
 
 
 def _shortage(

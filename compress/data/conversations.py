@@ -15,6 +15,7 @@ from compress.data.documents import rows_of, well_formed
 from limbeck.contract.errors import DataError
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows
+from limbeck.runtime.chat import OURS
 
 Messages = list[dict[str, Any]]
 
@@ -30,8 +31,6 @@ _INSTRUCTION, _DETAILS = "instruction", ("input", "context")  # of Alpaca, and o
 _WANTED = ("label", "kto_tag")  # of TRL's and LLaMA-Factory's KTO: whether to learn the answer
 _HISTORY = "history"  # LLaMA-Factory's: pairs of what was asked and answered before
 _READ = ("tools", "functions", *_SYSTEMS, _VARIABLES)
-_OURS = {"messages", "tools", "chat_template", "add_generation_prompt", "conversations",
-         "continue_final_message", "return_assistant_tokens_mask"}  # fmt: skip
 _TEXTS = ("text", "input_text", "output_text")  # types of parts of a message
 # Marks of answers to learn: OpenAI's, axolotl's, ms-swift's.
 _LEARNED = ("weight", "train", "training", "train_on_turn", "loss", "loss_scale")
@@ -84,6 +83,8 @@ def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Convers
     prompt, answer = row.get(form.prompt), row[form.field]
     if prompt == "" and isinstance(answer, str) and not _lists_messages(answer):
         raise DataError(f"{where}: {form.prompt} is empty; leave the row out.")
+    if prompt and answer == "":  # nobody wants a model that learns to say nothing
+        raise DataError(f"{where}: {form.field} is empty; leave the row out.")
     if form.field == "completion" and any(type(row.get(name)) is int for name in _WANTED):
         raise DataError(
             f"{where}: a label that is a number, beside a completion. If it says whether to learn "
@@ -112,7 +113,7 @@ def _conversation(row: Mapping[str, Any], form: ChatRows, where: str) -> Convers
                 "them out."
             )
     variables = row.get(_VARIABLES) or {}
-    if not isinstance(variables, dict) or (clash := _OURS & variables.keys()):
+    if not isinstance(variables, dict) or (clash := OURS & variables.keys()):
         found = type(variables).__name__ if not isinstance(variables, dict) else min(clash)
         raise DataError(
             f"{where}: {_VARIABLES}: found {found}; expected an object of the chat template's own "
@@ -214,8 +215,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
 
 
 def _text_of_part(part: Any, where: str) -> str:
-    """The text of a part of a message, as the interfaces of OpenAI, Anthropic and Amazon write
-    it."""
+    """The text of a part of a message, as OpenAI, Anthropic or Amazon write it."""
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
@@ -252,7 +252,7 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _system(row: Mapping[str, Any], where: str) -> str | None:
-    """The system message that stands beside the messages."""
+    """The system message that a row has beside its messages."""
     given = {name: row[name] for name in _SYSTEMS if row.get(name)}
     for name, text in given.items():
         if not isinstance(text, str):

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.data.blocks import DomainBlocks
 from compress.data.packing import special_prefix
+from compress.head import Head
 from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.models.tokens import text_errors
 
@@ -136,14 +137,14 @@ def _blocks(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> Blocks:
 
 @torch.no_grad()
 def evaluate_rows(
-    rows: dict[str, Blocks], logits_of: Callable[[Tensor], Tensor]
+    rows: dict[str, Blocks], states_of: Callable[[Tensor], Tensor], head: Head
 ) -> dict[str, dict[str, list[float]]]:
     """Score each row: nats of its scored tokens, and how many of them are the first choice.
 
-    ``logits_of`` gives the logits ``[L, V]`` of token ids ``[L]``.
+    ``states_of`` gives the last hidden states ``[L, d]`` of token ids ``[L]``.
     """
     return {
-        name: _scored([_row_of(blocks, index) for index in range(len(blocks))], logits_of)
+        name: _scored([_row_of(blocks, index) for index in range(len(blocks))], states_of, head)
         for name, blocks in rows.items()
     }
 
@@ -155,11 +156,12 @@ def _row_of(blocks: Blocks, index: int) -> tuple[Tensor, Tensor]:
 
 
 def _scored(
-    rows: Iterable[tuple[Tensor, Tensor]], logits_of: Callable[[Tensor], Tensor]
+    rows: Iterable[tuple[Tensor, Tensor]], states_of: Callable[[Tensor], Tensor], head: Head
 ) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"nll": [], "right": []}
     for ids_L, scored_L in rows:
-        logits_NV = logits_of(ids_L)[:-1][scored_L[1:]].float().cpu()
+        # Most rows are a long prompt and a short answer: the head reads the answer alone.
+        logits_NV = head.logits(states_of(ids_L)[:-1][scored_L[1:]]).cpu()
         wanted_N = ids_L[1:][scored_L[1:]]
         nll = torch.nn.functional.cross_entropy(logits_NV, wanted_N, reduction="sum")
         found["nll"].append(float(nll))

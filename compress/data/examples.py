@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.documents import documents, pieces
+from limbeck.contract.data.arrays import Ids
 from limbeck.contract.data.examples import Examples
 from limbeck.contract.errors import DataError
 from limbeck.contract.models.tokens import text_errors
@@ -24,7 +24,6 @@ from limbeck.contract.sources.texts import text_files
 _CHARS = 32  # of a document read for each token wanted; a token is never that long on average
 _TOKENISED = 512  # texts at a time: the tokenizer's output is many times as large as its ids
 
-Indices = npt.NDArray[np.int64]
 Row = tuple[int, ...]  # token ids
 
 
@@ -58,7 +57,7 @@ def load_examples(
     return _examples(train, tokenizer), _examples(heldout, tokenizer)
 
 
-def training_order(count: int, *, examples: int, seed: int) -> Indices:
+def training_order(count: int, *, examples: int, seed: int) -> Ids:
     """Row of the training examples at each of ``count`` places, shuffled anew in every pass."""
     passes = -(-count // examples)
     order = [np.random.default_rng((seed, epoch)).permutation(examples) for epoch in range(passes)]
@@ -101,7 +100,7 @@ def _tokenise(
     return rows
 
 
-def _spread(count: int, most: int | None) -> Indices:
+def _spread(count: int, most: int | None) -> Ids:
     """Places of at most ``most`` of ``count`` things, at even distances."""
     if most is None or count <= most:
         return np.arange(count)

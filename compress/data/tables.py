@@ -75,8 +75,7 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
 
 
 def arrow_rows(path: Path, field: str, beside: Collection[str] = ()) -> Iterator[Place]:
-    """As `parquet_rows`, of an Arrow stream, the form that `datasets` saves, or of an Arrow file
-    (Feather), the form of pandas and polars."""
+    """As `parquet_rows`, of an Arrow stream (`datasets`) or Arrow file (Feather)."""
     check_arrow()
     import pyarrow
 

@@ -70,8 +70,7 @@ def task_of(name: str) -> Task[Any]:
 
 
 def require_shares(recipe: AnyRecipe, *, processes: int) -> None:
-    """Raise `RecipeError` for a batch that so many processes, each with a whole student, cannot
-    share."""
+    """Raise `RecipeError` for a batch that so many processes cannot share."""
     if recipe.task == "causal-lm":
         require_share_for_all(recipe, processes=processes, sharded=False)
     else:

@@ -84,10 +84,14 @@ def require_faithful(body: Body, where: str) -> None:
             theirs = body.model(input_ids=ids).logits
         ours = body.head.logits(hidden[:1].to(body.head.weight_Vd.dtype))
     except Exception as error:  # sizes of a configuration that do not go together raise anything
+        remedy = (
+            "peft cannot run this adapter in one model with its base: merge it where it was trained"
+            if body.adapter
+            else "take the config.json that was saved with its weights"
+        )
         raise ModelError(
             f"{where}: {type(lm).__name__} cannot answer a test batch "
-            f"({type(error).__name__}: {error}); take the config.json that was saved with its "
-            "weights."
+            f"({type(error).__name__}: {error}); {remedy}."
         ) from error
     dtype = lm.get_output_embeddings().weight.dtype
     require_equal(
@@ -152,7 +156,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # gemma, recurrent_g
 def _scale(config: Any) -> float:
     scale = 1.0
     for name, divides in _FACTORS:
-        value = getattr(config, name, None)
+        value = _own(config, name)
         if isinstance(value, int | float) and value:
             # HyperCLOVA X multiplies by what granite divides by.
             scale = (
@@ -162,8 +166,13 @@ def _scale(config: Any) -> float:
 
 
 def _softcap(config: Any) -> float | None:
-    found = (getattr(config, name, None) for name in _SOFTCAPS)
+    found = (_own(config, name) for name in _SOFTCAPS)
     return next((float(value) for value in found if value), None)
+
+
+def _own(config: Any, name: str) -> Any:
+    """A field that the architecture has. A file may hold others, which transformers ignores."""
+    return getattr(config, name, None) if hasattr(type(config), name) else None
 
 
 def _matrix(output: Any) -> tuple[Tensor, Tensor | None]:

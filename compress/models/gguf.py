@@ -25,6 +25,7 @@ from limbeck.contract.models.tokens import as_written, require_bounded, tokenize
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import fingerprint
 from limbeck.contract.sources.digests import gguf_digest
+from limbeck.contract.sources.gguf import quick_gguf
 
 # What llama.cpp's names of pre-tokenizers (tokenizer.ggml.pre) mean, from its llama-vocab.cpp as of
 # llama-cpp-python 0.3.36. A name that is missing here is refused.
@@ -125,7 +126,8 @@ def dequantise(file: Path, out: Path) -> dict[str, Any]:
     say(f"  {file.name}: dequantising to fp32, once, into the cache")
     tokenizer = gguf_tokenizer(file)  # first: it takes less time to refuse
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        # A progress bar that cannot be turned off.
+        with quick_gguf(), contextlib.redirect_stderr(io.StringIO()):
             loaded = load_pretrained(
                 AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32
             )
@@ -152,7 +154,8 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """
     beside, backend = file.parent / "tokenizer.json", None
     try:
-        architecture, fields, config = get_gguf_tokenizer(str(file))
+        with quick_gguf():
+            architecture, fields, config = get_gguf_tokenizer(str(file))
         if not beside.is_file():
             backend = _inside(architecture, fields)
     except Exception as error:  # tokenizers raises no class of its own
@@ -222,8 +225,7 @@ def _split_as(name: str | None, tokenizer: Any, file: Path) -> None:
 def _own(
     path: Path, file: Path, fields: dict[str, Any], config: dict[str, Any]
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of ``path``, with the special tokens and chat template of ``file`` if it lacks
-    them."""
+    """The tokenizer of ``path``; special tokens and template of ``file`` where it lacks them."""
     tokenizer: PreTrainedTokenizerFast
     with tokenizers_errors(path):
         require_bounded(path)

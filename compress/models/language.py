@@ -22,7 +22,7 @@ from compress.models.gguf import dequantise, gguf_key
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
-from limbeck.contract.models.loading import know_wrapper, load_pretrained
+from limbeck.contract.models.loading import know_wrapper, load_pretrained, rounding
 from limbeck.contract.recipe import (
     BaseSource,
     GgufModel,
@@ -32,6 +32,7 @@ from limbeck.contract.recipe import (
     RandomModel,
     fingerprint,
 )
+from limbeck.contract.sources.gguf import quick_gguf
 from limbeck.contract.sources.hub import hub_config, hub_snapshot
 from limbeck.contract.sources.models import model_path
 from limbeck.contract.sources.places import cache_folder
@@ -103,9 +104,10 @@ def folder_config(path: Path) -> Any:
 @functools.lru_cache(maxsize=8)
 def _gguf_config(path: Path, _changed: int) -> Any:
     """The configuration in a GGUF file, which takes seconds to read, with its whole vocabulary."""
-    return AutoConfig.from_pretrained(
-        path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
-    )
+    with quick_gguf():
+        return AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
+        )
 
 
 def load_model(
@@ -127,17 +129,7 @@ def load_model(
             f"{folder}: its weights are stored as {stored}, and quantize asks for {quantize}; "
             "leave quantize out."
         )
-    options: dict[str, Any] = {}
-    if quantize != "none":
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=quantize == "int8",
-            load_in_4bit=quantize == "nf4",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=DTYPES[dtype],
-        )
-        options["device_map"] = {"": device}
+    options = rounding(quantize, DTYPES[dtype], device) if quantize != "none" else {}
     model: PreTrainedModel = load_pretrained(
         AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **options
     )

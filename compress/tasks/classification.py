@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.chunked import fused_loss
 from compress.head import Head, fit_temperature
-from compress.loss import fused_loss
 from compress.models.encoders import class_names, load_classifier
 from compress.states import TeacherStates
 from compress.tasks.encoder import Answers, EncoderStudent, EncoderTask, Model, Terms
@@ -50,9 +50,9 @@ class ClassificationTask(EncoderTask):
 
     def prepare(self) -> None:
         """Calibrate the teachers on the held-out examples."""
-        labels_N = torch.from_numpy(self.heldout.groups).long().to(self.device)
+        self.labels_N = torch.from_numpy(self.heldout.groups).long().to(self.device)
         self.temperatures = [
-            class_temperature(self._fusion.calibration, t.name, t.heldout, labels_N)
+            class_temperature(self._fusion.calibration, t.name, t.heldout, self.labels_N)
             for t in self.teachers
         ]
 
@@ -96,18 +96,16 @@ class ClassificationTask(EncoderTask):
 
     def measure_answers(self, answers: Answers) -> dict[str, float]:
         """Accuracy, macro F1, and nats an example."""
-        labels_N = torch.from_numpy(self.heldout.groups).long().to(self.device)
-        predicted, labels = answers.argmax(1).cpu().numpy(), labels_N.cpu().numpy()
+        predicted, labels = answers.argmax(1).cpu().numpy(), self.labels_N.cpu().numpy()
         return {
             "accuracy": accuracy(predicted, labels),
             "macro_f1": macro_f1(predicted, labels, answers.shape[1]),
-            "nll": float(nn.functional.cross_entropy(answers.double(), labels_N)),
+            "nll": float(nn.functional.cross_entropy(answers.double(), self.labels_N)),
         }
 
     def loss_of_each(self, answers: Answers) -> Tensor:
         """Return nats of each held-out example."""
-        labels_N = torch.from_numpy(self.heldout.groups).long().to(self.device)
-        return nn.functional.cross_entropy(answers.double(), labels_N, reduction="none")
+        return nn.functional.cross_entropy(answers.double(), self.labels_N, reduction="none")
 
 
 def class_terms(

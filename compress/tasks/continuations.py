@@ -39,9 +39,10 @@ def against_mixture(task: LanguageModels, batches: list[list[Batch]]) -> dict[st
             hidden = task.student(ids.to(task.device), lambda hidden_RLd, _: hidden_RLd)
             states, _ = task.teachers.states(ids, labels_RL=labels)
         for place in chunks_of_labels(labels, 256, whole_rows=False):
-            logq_CV = torch.log_softmax(head.logits(hidden[place].to(head.weight_Vd.dtype)), -1)
+            z_CV = head.logits(hidden[place].to(head.weight_Vd.dtype), task.vocabulary)
+            logq_CV = torch.log_softmax(z_CV, -1)
             teachers = [
-                torch.softmax(t.head.logits(t.hidden_RLd[place]), -1)
+                torch.softmax(t.head.logits(t.hidden_RLd[place], task.vocabulary), -1)
                 if isinstance(t, TeacherStates)
                 else _with_tail(t, place, labels[place], logq_CV)
                 for t in states

@@ -25,6 +25,7 @@ from compress.host import give_memory_back
 from compress.models.encoders import base_folder, build_student, encoder_folder, require_context
 from compress.models.language import folder_config, require_same_tokenizer
 from compress.tasks.saved import Saved
+from limbeck.contract.data.arrays import Ids
 from limbeck.contract.data.examples import EXAMPLES, Examples, save_examples
 from limbeck.contract.data.heldout import CALIBRATION, save_calibration
 from limbeck.contract.errors import EnvironmentalError
@@ -41,7 +42,6 @@ _CALIBRATION_ROWS = 64  # training examples that travel with a student, for the 
 
 Answers = Tensor  # [R, C] or [R, d]
 Model = Callable[[Tensor, Tensor], Answers]  # of ids and mask [R, L]
-Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,13 @@ class EncoderTask(ABC):
             say(f"  student: {now:.1f}M of {before:.1f}M parameters kept")
         return model
 
-    def _rows(self, chosen: Indices) -> list[npt.NDArray[np.int32]]:
+    def _rows(self, chosen: Ids) -> list[npt.NDArray[np.int32]]:
         """Token rows of training examples, without padding."""
         train = self.train
         return [train.input_ids[row, : train.lengths[row]] for row in chosen]
 
     def _ask(
-        self, entry: EncoderTeacher, folder: Path, used: Indices, products: Mapping[str, Path]
+        self, entry: EncoderTeacher, folder: Path, used: Ids, products: Mapping[str, Path]
     ) -> Teacher:
         """Load a teacher, let it answer all that training and measuring need, and let it go."""
         digest = model_digest(
@@ -336,7 +336,7 @@ class Terms:
 class EncoderStep:
     """See `compress.tasks.Step`: one micro-batch a process."""
 
-    def __init__(self, task: EncoderTask, rows: Indices, progress: float) -> None:
+    def __init__(self, task: EncoderTask, rows: Ids, progress: float) -> None:
         """``rows`` are the training examples of the global batch."""
         self.task, self.rows, self.progress, self.count = task, rows, progress, len(rows)
         rank, world = task.accelerator.process_index, task.accelerator.num_processes

@@ -214,8 +214,7 @@ class LanguageTask(LanguageModels):
 
     def further_figures(self) -> dict[str, float]:
         """Calibration, the short evaluations, continuations of held-out text, and the distance to
-        a mixture of several teachers.
-        """
+        a mixture of several teachers."""
         batches = [heldout_batches(b.heldout) for b in self.blocks]
         found = calibration(self, batches) | self._evaluations() | continuations(self, batches)
         return found | (against_mixture(self, batches) if len(self.teachers) > 1 else {})
@@ -232,13 +231,14 @@ class LanguageTask(LanguageModels):
         """Shares of right answers and losses of the student as it is now."""
         head = self.student_head()
 
-        def logits(ids_L: Tensor) -> Tensor:
+        def states(ids_L: Tensor) -> Tensor:
             with self.accelerator.autocast():
                 hidden = self.student(ids_L[None].to(self.device), lambda hidden_RLd, _: hidden_RLd)
-            return head.logits(hidden[0].to(head.weight_Vd.dtype))
+            last: Tensor = hidden[0]
+            return last.to(head.weight_Vd.dtype)
 
         self.student.eval()
-        found = evaluate_rows(self.evaluation_rows, logits)
+        found = evaluate_rows(self.evaluation_rows, states, head)
         self.student.train()
         labels = {name: rows.scored.sum(1).tolist() for name, rows in self.evaluation_rows.items()}
         right = {name: statistics.fmean(rows) for name, rows in shares(labels, found).items()}
@@ -306,10 +306,10 @@ class LanguageTask(LanguageModels):
             return None
         base = Body(load_model(self.folder, device=self.device))
 
-        def logits(ids_L: Tensor) -> Tensor:
-            return base.head.logits(base.states(ids_L[None].to(self.device))[0][0])
+        def states(ids_L: Tensor) -> Tensor:
+            return base.states(ids_L[None].to(self.device))[0][0]
 
-        return evaluate_rows(self.evaluation_rows, logits)
+        return evaluate_rows(self.evaluation_rows, states, base.head)
 
 
 @torch.no_grad()

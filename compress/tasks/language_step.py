@@ -13,9 +13,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from compress.chunked import FusionTerms, fused_loss
 from compress.features import feature_loss
 from compress.head import IGNORED
-from compress.loss import FusionTerms, fused_loss
 from compress.models.language import DTYPES
 from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.chunked import FusionTerms
 from compress.head import IGNORED
-from compress.loss import FusionTerms
 from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.own_text import OwnRow

@@ -213,7 +213,7 @@ class OwnText:
         ends = lm.generation_config.eos_token_id
         several = ends if isinstance(ends, list) else [ends]
         found = {self._tokenizer.eos_token_id, self._end_of_turn, *several} - {None}
-        return sorted(end for end in found if end < self._vocabulary)
+        return sorted(end for end in found if 0 <= end < self._vocabulary)
 
     # Telling -------------------------------------------------------------------------------------
 

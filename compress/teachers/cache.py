@@ -32,6 +32,7 @@ from limbeck.contract.progress import say, task
 from limbeck.contract.recipe import HiddenCache, TopkCache, fingerprint
 
 Shard = Sequence[tuple[bytes, Row]]  # rows with their keys
+_Kept = Sequence[tuple[dict[str, Tensor], int]]  # a shard's tensors and a place in them, by row
 
 _VERSION = 1
 _SHARD_ROWS = 64
@@ -119,61 +120,68 @@ class CachedTeachers:
         last: list[AnyStates] = []
         inner: list[list[Tensor]] = []
         for k in range(len(self)) if only is None else [only]:
-            found = [self._rows[k][key] for key in keys]
-
-            def stacked(name: str, found: list[tuple[dict[str, Tensor], int]] = found) -> Tensor:
-                return torch.stack([tensors[name][place] for tensors, place in found]).to(
-                    self._device
-                )
-
-            pair, target_V = self._pairs[k], self._targets[k]
+            rows = [self._rows[k][key] for key in keys]
+            wanted = layers[k] if layers else []
             if isinstance(self._cache, TopkCache):
-                ids, share, entropy, logp = (
-                    stacked(name) for name in ("ids", "share", "entropy", "label_logp")
-                )
-                kept = SparseStates(ids, share, entropy, logp, len(self.heads[k].weight_Vd))
-                if pair is not None:
-                    spans = Spans(*(stacked(n) for n in ("target", "start", "ends")))
-                    kept = replace(
-                        kept,
-                        vocabulary=ANY_ROWS,
-                        spans=spans,
-                        lost_RL=stacked("lost"),
-                        renames=pair.renames,
-                    )
-                last.append(kept)
+                last.append(self._few_tokens(k, rows))
                 inner.append([])
-                continue
-            if pair is not None and target_V is not None:
-                a = pair.align(input_ids_RL.to(self._device), labels_RL)
-                width = a.ids_RM.shape[1]
+            elif self._pairs[k] is not None:
+                ids_RL = input_ids_RL.to(self._device)
+                state, features = self._aligned(k, rows, wanted, ids_RL, labels_RL)
+                last.append(state)
+                inner.append(features)
+            else:
+                depth = self.depths[k]
                 by_layer = {
-                    layer: torch.stack(
-                        [_cut(tensors[f"layer{layer}"][place], width) for tensors, place in found]
-                    ).to(self._device, self._dtype)
-                    for layer in dict.fromkeys([self.depths[k], *(layers[k] if layers else [])])
+                    layer: self._stacked(rows, f"layer{layer}").to(self._dtype)
+                    for layer in dict.fromkeys([depth, *wanted])
                 }
-                last.append(
-                    AlignedStates(
-                        by_layer[self.depths[k]],
-                        self.heads[k],
-                        a,
-                        target_V,
-                        self.temperatures[k],
-                        pair.renames,
-                    )
-                )
-                inner.append([a.gathered(by_layer[layer]) for layer in layers[k]] if layers else [])
-                continue
-            wanted = [self.depths[k], *(layers[k] if layers else [])]
-            by_layer = {
-                layer: stacked(f"layer{layer}").to(self._dtype) for layer in dict.fromkeys(wanted)
-            }
-            last.append(
-                TeacherStates(by_layer[self.depths[k]], self.heads[k], self.temperatures[k])
-            )
-            inner.append([by_layer[layer] for layer in layers[k]] if layers else [])
+                last.append(TeacherStates(by_layer[depth], self.heads[k], self.temperatures[k]))
+                inner.append([by_layer[layer] for layer in wanted])
         return last, inner
+
+    def _stacked(self, rows: _Kept, name: str) -> Tensor:
+        return torch.stack([tensors[name][place] for tensors, place in rows]).to(self._device)
+
+    def _few_tokens(self, k: int, rows: _Kept) -> SparseStates:
+        """States of teacher ``k`` from the few tokens that a `topk` cache keeps."""
+        ids, share, entropy, logp = (
+            self._stacked(rows, name) for name in ("ids", "share", "entropy", "label_logp")
+        )
+        kept = SparseStates(ids, share, entropy, logp, len(self.heads[k].weight_Vd))
+        if (pair := self._pairs[k]) is None:
+            return kept
+        return replace(
+            kept,
+            vocabulary=ANY_ROWS,
+            spans=Spans(*(self._stacked(rows, name) for name in ("target", "start", "ends"))),
+            lost_RL=self._stacked(rows, "lost"),
+            renames=pair.renames,
+        )
+
+    def _aligned(
+        self,
+        k: int,
+        rows: _Kept,
+        layers: Sequence[int],
+        input_ids_RL: Tensor,
+        labels_RL: Tensor | None,
+    ) -> tuple[AlignedStates, list[Tensor]]:
+        """States of teacher ``k``, which has another tokenizer, and its ``layers``."""
+        pair, target_V, depth = self._pairs[k], self._targets[k], self.depths[k]
+        assert pair is not None
+        assert target_V is not None
+        a = pair.align(input_ids_RL, labels_RL)
+        width = a.ids_RM.shape[1]
+        by_layer = {
+            layer: torch.stack(
+                [_cut(tensors[f"layer{layer}"][place], width) for tensors, place in rows]
+            ).to(self._device, self._dtype)
+            for layer in dict.fromkeys([depth, *layers])
+        }
+        head, temperature = self.heads[k], self.temperatures[k]
+        state = AlignedStates(by_layer[depth], head, a, target_V, temperature, pair.renames)
+        return state, [a.gathered(by_layer[layer]) for layer in layers]
 
     def _head(self, k: int) -> tuple[Head, int]:
         """The head of teacher ``k`` and its number of layers, from the cache."""
@@ -201,15 +209,15 @@ class CachedTeachers:
         ), result["layers"]
 
     def has(self, k: int, shard: Shard) -> bool:
-        """Whether the store holds what teacher ``k`` says of the shard's rows."""
+        """Whether the store holds teacher ``k``'s answers to the shard's rows."""
         return self.store.has(self._entry(k, shard))
 
     def make(self, k: int, shard: Shard) -> Path:
-        """Folder with what teacher ``k`` says of the shard's rows; made when missing."""
+        """Folder with teacher ``k``'s answers to the shard's rows; made when missing."""
         return self.store.obtain(self._entry(k, shard), self._maker(k, shard))
 
     def fill(self, k: int, shard: Shard) -> str:
-        """Make what teacher ``k`` says of the shard's rows unless the store has it; its digest."""
+        """Make teacher ``k``'s answers to the shard's rows where they are missing; their digest."""
         return self.store.fill(self._entry(k, shard), self._maker(k, shard))
 
     def _entry(self, k: int, shard: Shard) -> Entry:

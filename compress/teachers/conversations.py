@@ -22,14 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from compress.data.chat import (
-    around_answers,
-    chat_template,
-    end_of_turn,
-    has_more,
-    render,
-    turn_end,
-)
+from compress.data.chat import Chat, chat_template, end_of_turn, has_more, turn_end
 from compress.data.conversations import Conversation, read_conversations
 from compress.data.packing import Piece, tokenise
 from compress.teachers.pairs import Pairs
@@ -247,7 +240,7 @@ def rendered_for(
             "see in another form, because it has another tokenizer. Leave the row out, or use a "
             "teacher with the student's tokenizer."
         )
-    text, spans = render(conversation, own.tokenizer, own.template, where)
+    text, spans = Chat(conversation, own.tokenizer, own.template, where).render()
     (tokens,) = tokenise([Piece(text, tuple(spans), says_end=False)], own.tokenizer)
     learned = np.zeros(len(tokens.ids), bool)
     for n, (begin, end) in enumerate(tokens.answers):
@@ -257,7 +250,7 @@ def rendered_for(
         return None
     ids = tokens.ids[: labels[-1] + 1].tolist()
     here = f"{where}: teacher {name}"
-    parts = around_answers(conversation, other.tokenizer, other.template, here)
+    parts = Chat(conversation, other.tokenizer, other.template, here).around_answers()
     if parts is None or len(parts) != len(spans) + 1:
         raise DataError(
             f"{here}: its chat template and that of the student do not show the same answers of "

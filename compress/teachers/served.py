@@ -79,7 +79,7 @@ class ServedTeacher:
         return self.tokenizer
 
     def entry(self, temperature: float) -> dict[str, Any]:
-        """What `teachers.json` says of this teacher."""
+        """The teacher's entry in `teachers.json`."""
         return {
             "name": self.name, "server": self.model.endpoint, "model": self.model.model,
             "temperature": temperature, "digest": self.digest,

@@ -34,7 +34,7 @@ class Built:
     genai: dict[str, Any] | None  # GenAI's configuration, where GenAI can run the graph
 
     def named(self) -> Backend:
-        """What the artifact's result says of the builder."""
+        """The builder's entry in the artifact's result."""
         return Backend(self.backend, self.why)
 
 

@@ -1,6 +1,4 @@
-"""Which builder makes a language model's graph, from its configuration alone: known before anything
-is trained.
-"""
+"""The builder of a language model's graph, chosen from its configuration alone."""
 
 from __future__ import annotations
 

@@ -59,8 +59,7 @@ class FlatCache(torch.nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
         """Logits ``[B, S, V]`` and the cache after ``input_ids[B, S]``, given ``attention_mask[B,
-        L]`` and keys and values by turns.
-        """
+        L]`` and keys and values by turns."""
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
@@ -201,9 +200,7 @@ def _export(folder: Path, path: Path, opset: int | None, static: StaticShapes | 
 
 
 def split_gemm(proto: ModelProto) -> None:
-    """Write every plain Gemm on a constant matrix as MatMul and Add, in place: quantisation knows
-    no Gemm.
-    """
+    """Write every Gemm on a constant matrix as MatMul and Add: quantisation knows no Gemm."""
     matrices = {tensor.name for tensor in proto.graph.initializer}
     nodes: list[NodeProto] = []
     for node in proto.graph.node:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from limbeck.contract.errors import ModelError
 
@@ -45,6 +46,9 @@ def save_onnx(
                 dynamic_shapes=shapes,
             )
             assert program is not None
+            # Where each node comes from: paths of this machine, which would make the graph
+            # another one in another folder.
+            ClearMetadataAndDocStringPass()(program.model)
             program.save(str(path), external_data=True)
     except OSError:
         raise  # the disk, not the architecture

@@ -20,12 +20,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from export.build.choice import rope_kinds, ropes_of
 from export.graphs import ROPE
 from export.weights import WeightsFile, external_array
+from limbeck.contract.data.arrays import Floats
 
 COMPUTED = ({"default"}, {"llama3"})  # kinds of rope whose tables are computed if they are large
 LARGE = 4 << 20  # bytes of all tables of a model, from which on they are computed
 _TABLES = ("cos_cache", "sin_cache")
 _SAMPLE = 256  # rows of a table that are compared with the formula
-Floats = npt.NDArray[np.float32]
 
 
 def drop_rope(proto: ModelProto, model: Path) -> None:

@@ -52,9 +52,7 @@ def head_of(proto: ModelProto) -> NodeProto:
 
 
 def width_of(proto: ModelProto, head: NodeProto) -> int:
-    """Columns of the matrix ``[width, V]`` of ``head``, which may be read through a Transpose of
-    the embedding.
-    """
+    """Columns of ``head``'s matrix ``[width, V]``, which a Transpose of the embedding may give."""
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     turned = {
         node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Transpose"
@@ -93,8 +91,7 @@ class Maker:
 
 def describe_input(make: Maker) -> list[NodeProto]:
     """Nodes for the count of ``rows`` and ``steps`` of the input, the ``range`` of its columns, and
-    the ``mask [B, S]`` of the new tokens.
-    """
+    the ``mask [B, S]`` of the new tokens."""
     whole = make.constant("end", [2**63 - 1])
     one = make.constant("one", [1])
     zero = make.constant("zero", [0])

@@ -1,6 +1,5 @@
 """What a graph is made of: operators by type and precision, bytes by precision, matrices still in
-float and why, and which execution provider runs each node.
-"""
+float and why, and which execution provider runs each node."""
 
 from __future__ import annotations
 

@@ -36,9 +36,7 @@ _ALIKE = 1e-6  # of a mean cosine that should be 1
 def make_cases(
     heldout: Examples, model: Path, *, task: str
 ) -> dict[str, dict[str, npt.NDArray[Any]]]:
-    """Ways to feed an encoder, and torch's answer to each row run by itself without padding: what a
-    batch must not change.
-    """
+    """Batches for an encoder, and torch's answer to each row alone and without padding."""
     order = np.argsort(heldout.lengths, kind="stable")
     ragged = order[np.linspace(0, len(order) - 1, min(_BATCH, len(order))).round().astype(int)]
     longest = heldout.batch(order[-1:])

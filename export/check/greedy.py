@@ -37,9 +37,7 @@ def answer_greedily(
     *,
     stop_ids: Collection[int] = (),
 ) -> dict[str, Answer]:
-    """Continue the start of each held-out text, by domain, up to 64 tokens or a stop token, which
-    is kept.
-    """
+    """Continue the start of each held-out text up to 64 tokens or a stop token, which is kept."""
     answers = {}
     with task("greedy answers of fp32", min(len(texts), _PROMPTS)) as progress:
         for name, text in list(texts.items())[:_PROMPTS]:
@@ -63,8 +61,7 @@ def answer_greedily(
 def first_differences(decoder: GraphDecoder, answers: Mapping[str, Answer]) -> list[dict[str, Any]]:
     """For each answer of fp32, by domain: its ``tokens``, how many of them the form gives too
     before it first differs (``same``), and fp32's ``lead`` at the token where it differs, none
-    where it never does.
-    """
+    where it never does."""
     found = []
     for name, answer in answers.items():
         row = decoder.prefill([answer.prompt], room=len(answer.tokens))[0]

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from export.check.verdict import TOLERANCES, judge, summary
 from export.graphs import Graphs
+from limbeck.contract.data.arrays import Floats, Ids
 from limbeck.contract.errors import ParityError
 from limbeck.contract.models.adapters import attach
 from limbeck.contract.models.loading import load_pretrained
@@ -29,8 +30,6 @@ from limbeck.contract.recipe import Provider
 from limbeck.runtime.decoder import GraphDecoder
 from limbeck.runtime.session import providers
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 Floats64 = npt.NDArray[np.float64]
 
 PARITY = "parity.safetensors"
@@ -47,16 +46,16 @@ _TEXTS = 3  # rows of the long case, one a domain
 class Case:
     """One way to feed a decoder, and torch's answers to it."""
 
-    ids: Ints  # [B, L]
-    mask: Ints  # [B, L], 1 for tokens
-    splits: Ints  # columns fed at a time; they sum to L
-    rows: Ints  # [P]
-    columns: Ints  # [P]
+    ids: Ids  # [B, L]
+    mask: Ids  # [B, L], 1 for tokens
+    splits: Ids  # columns fed at a time; they sum to L
+    rows: Ids  # [P]
+    columns: Ids  # [P]
     logits: Floats  # [P, V]
 
 
 def make_cases(
-    texts: Sequence[Ints], *, context: int, more: Sequence[Ints] = (), first: Sequence[int] = ()
+    texts: Sequence[Ids], *, context: int, more: Sequence[Ids] = (), first: Sequence[int] = ()
 ) -> dict[str, Case]:
     """Cases without answers from token rows ``texts``, each within ``context`` tokens.
 
@@ -72,14 +71,14 @@ def make_cases(
     room = min(context, 24)
     step = max(room // 4, 1)  # tokens decoded one at a time at the end of a case
 
-    def begin(text: Ints, length: int) -> Ints:
+    def begin(text: Ids, length: int) -> Ids:
         return np.concatenate([start, text])[:length]
 
-    def take(length: int, at: int = 0) -> Ints:
+    def take(length: int, at: int = 0) -> Ids:
         return begin(np.resize(np.roll(pool, -at), length), length)
 
     def case(
-        tokens: Sequence[Ints], splits: Sequence[int], *, left: bool = True, tail: int = 0
+        tokens: Sequence[Ids], splits: Sequence[int], *, left: bool = True, tail: int = 0
     ) -> Case:
         width = int(sum(splits))
         ids = np.zeros((len(tokens), width), np.int64)
@@ -116,7 +115,7 @@ def make_cases(
     }
 
 
-def _without(start: Ints, row: Ints) -> Ints:
+def _without(start: Ids, row: Ids) -> Ids:
     """``row`` without ``start`` at its head, where it has that already."""
     return row[len(start) :] if np.array_equal(row[: len(start)], start) else row
 
@@ -158,8 +157,7 @@ def answer(
 
 def thin(cases: Mapping[str, Case]) -> dict[str, Case]:
     """Keep few enough positions of each case to travel with the artifact: where a prompt ends
-    first, then spread evenly.
-    """
+    first, then spread evenly."""
     vocabulary = next(iter(cases.values())).logits.shape[1]
     each = max(_KEPT_BYTES // (4 * vocabulary * len(cases)), 2)
     kept = {}
@@ -334,9 +332,7 @@ def feed(decoder: GraphDecoder, case: Case) -> Floats:
 
 
 def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
-    """Which answers ``[P]`` follow the last token that a row was fed in one run: those a
-    last-logits graph gives.
-    """
+    """Which answers ``[P]`` follow a run's last token: those a last-logits graph gives."""
     given = np.zeros(case.mask.shape, bool)
     start = 0
     for count in case.splits.tolist():
@@ -346,10 +342,9 @@ def _after_prompt(case: Case) -> npt.NDArray[np.bool_]:
     return np.asarray(given[case.rows, case.columns])
 
 
-def differences(case: Case, chosen: Ints, found_PV: Floats) -> Floats64:
+def differences(case: Case, chosen: Ids, found_PV: Floats) -> Floats64:
     """Five numbers a ``chosen`` position ``[5, P]``: largest and mean logit difference, KL(torch ||
-    found), same choice, lead.
-    """
+    found), same choice, lead."""
     out = np.empty((5, len(chosen)))
     for start in range(0, len(chosen), _AT_ONCE):
         piece, at = slice(start, start + _AT_ONCE), chosen[start : start + _AT_ONCE]
@@ -371,9 +366,7 @@ def margins(logits_PV: Floats) -> Floats:
 
 
 def _nll(case: Case, found_PV: Floats) -> dict[str, float]:
-    """Nats a token of torch and of the graph on the text of ``case``, where the next token is
-    known.
-    """
+    """Nats a token of torch and the graph on the text of ``case``, where the next is known."""
     known = np.flatnonzero(case.columns + 1 < case.ids.shape[1])
     known = known[case.mask[case.rows[known], case.columns[known] + 1] == 1]
     sums = {"nll_torch": 0.0, "nll": 0.0}

@@ -146,9 +146,7 @@ def _without_odd(found: Differences) -> Differences:
 
 
 def summary(differences: Differences, lead: float) -> dict[str, float]:
-    """Means and extremes over the positions; ``sure`` counts those where torch's lead is at least
-    ``lead``.
-    """
+    """Means and extremes over positions; ``sure`` counts those where torch leads by ``lead``."""
     largest, mean, kl, same, margin = differences
     sure = margin >= lead
     return {

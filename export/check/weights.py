@@ -24,9 +24,8 @@ from export.round.calibrate import Calibration
 from export.round.matrices import Matrix, find_matrices
 from export.round.scheme import Scheme
 from export.weights import external_array
+from limbeck.contract.data.arrays import Floats
 from limbeck.contract.errors import ParityError
-
-Floats = npt.NDArray[np.float32]
 
 # The largest error of each kind; docs/experiments/forms.md has the measured values. For weights it
 # is |w' - w| / |w| of one output. In 8 bits it is at most sqrt(K) / 440 where one outlier sets the

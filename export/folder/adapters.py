@@ -16,20 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graphs import Graphs, stamp
 from export.weights import external_array
+from limbeck.contract.data.arrays import Floats
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.adapters import attach
 from limbeck.contract.models.loading import load_pretrained
 from limbeck.runtime.session import import_onnxruntime
 
 ADAPTER = "adapters/student.onnx_adapter"
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -111,17 +109,13 @@ def add_adapter_inputs(
 
 
 def base_number(graphs: Graphs) -> int:
-    """31 bits of the sha256 of the base's weights: an adapter file and the graphs that it fits
-    share it.
-    """
+    """31 bits of the sha256 of the base's weights, in an adapter file and its graphs."""
     with graphs.data.open("rb") as file:
         return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:4], "big") >> 1
 
 
 def write_adapter(path: Path, values: Mapping[str, Floats], *, base: int) -> None:
-    """Write the inputs ``values`` as a file for ONNX Runtime's adapter support, for the base
-    numbered ``base``.
-    """
+    """Write ``values`` as an ONNX Runtime adapter for the base numbered ``base``."""
     ort = import_onnxruntime()
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)

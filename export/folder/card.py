@@ -1,6 +1,4 @@
-"""The model card: the hub's YAML header, then what the student is, what went into it, and what was
-measured.
-"""
+"""The model card: YAML header, what the student is, its ingredients, its measurements."""
 
 from __future__ import annotations
 
@@ -82,8 +80,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def plain(text: str) -> str:
     """``text`` from a recipe or a source as one line of Markdown: no HTML, no heading, no table
-    cell, no control characters.
-    """
+    cell, no control characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     line = html.escape(line, quote=False).replace("|", "\\|")
     return f"\\{line}" if line[:1] in ("#", "-", "+", "*", "=", "~", "`") else line
@@ -91,8 +88,7 @@ def plain(text: str) -> str:
 
 def graph_metadata(recipe: AnyRecipe, *, student: str) -> dict[str, str]:
     """What every graph says of its origin: digests of the distillation, the `export:` part and the
-    student; versions.
-    """
+    student; versions."""
     return {
         "limbeck.version": __version__,
         "limbeck.versions": json.dumps(versions()),
@@ -156,9 +152,7 @@ def _header(
 def _what_went_in(
     recipe: AnyRecipe, student: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Base model, teachers and texts, with the licences that were known when the student was
-    distilled.
-    """
+    """Base model, teachers and texts, with licences known at the distillation."""
     known = student.get("sources", {})
     note = _LICENCES if "sources" in student else _BEFORE_LICENCES
     base = recipe.base

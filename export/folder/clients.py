@@ -1,6 +1,4 @@
-"""What clients read beside the graphs: tokenizer and configurations, as clients old and new expect
-them.
-"""
+"""What clients read beside the graphs: tokenizer and configurations, old and new."""
 
 from __future__ import annotations
 
@@ -72,7 +70,21 @@ def write_client_files(
         (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
         text = without_marks(path.read_text("utf-8"))
         (folder / MORE_TEMPLATES / path.name).write_text(text, encoding="utf-8")
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    _write(folder / "config.json", _config(model, graphs))
+    if genai is not None:
+        settings: dict[str, Any] = json.loads(json.dumps(genai))
+        if provider == "cuda":
+            settings["model"]["decoder"]["session_options"]["provider_options"] = [
+                {"cuda": {"enable_cuda_graph": "0"}}
+            ]
+        settings["model"] |= _ends(ends)
+        settings["model"]["decoder"]["filename"] = shipped.last.relative_to(folder).as_posix()
+        _write(folder / "genai_config.json", settings)
+
+
+def _config(model: Path, graphs: Sequence[Graphs]) -> dict[str, Any]:
+    """The model's config.json, with what transformers.js needs to know of the graphs."""
+    config: dict[str, Any] = json.loads((model / "config.json").read_text("utf-8"))
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
     # Training with gradient checkpointing leaves False in both files. A client that obeys would
@@ -88,16 +100,7 @@ def write_client_files(
         config["transformers.js_config"]["kv_cache_dtype"] = {
             DTYPES[g.last.stem]: "float16" for g in half
         }
-    _write(folder / "config.json", config)
-    if genai is not None:
-        settings: dict[str, Any] = json.loads(json.dumps(genai))
-        if provider == "cuda":
-            settings["model"]["decoder"]["session_options"]["provider_options"] = [
-                {"cuda": {"enable_cuda_graph": "0"}}
-            ]
-        settings["model"] |= _ends(ends)
-        settings["model"]["decoder"]["filename"] = shipped.last.relative_to(folder).as_posix()
-        _write(folder / "genai_config.json", settings)
+    return config
 
 
 def _ends(ends: Sequence[int]) -> dict[str, Any]:
@@ -106,9 +109,7 @@ def _ends(ends: Sequence[int]) -> dict[str, Any]:
 
 
 def optimum_loads(folder: Path, graph: Path) -> bool:
-    """Whether optimum-onnx 0.1.0 gives ``graph`` a cache of the shape it has; see
-    `_OPTIMUM_HEAD_SIZE`.
-    """
+    """Whether optimum-onnx 0.1.0 gives ``graph`` a cache of the right shape."""
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder)
@@ -134,9 +135,7 @@ def _cache_is_half(graph: Path) -> bool:
 
 
 def tokenizer_config(model: Path) -> dict[str, Any]:
-    """The tokenizer's configuration without what only transformers 5 understands, chat template
-    included.
-    """
+    """The tokenizer's configuration without what only transformers 5 understands."""
     path = model / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     for name in ("backend", "is_local", "local_files_only", "auto_map"):

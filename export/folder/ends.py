@@ -1,12 +1,14 @@
-"""The tokens that end an answer, from everything that a model folder says of them."""
+"""The tokens that end an answer, collected from all files of a model folder."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import DataError
+from limbeck.contract.sources.models import stated_ends
 from limbeck.runtime.chat import render
 from limbeck.runtime.text import load_text
 
@@ -19,11 +21,11 @@ def end_tokens(model: Path) -> list[int]:
 
     A chat model's turn ends with its tokenizer's end token, which its generation configuration may
     not name; or with one that only its chat template names, as in conversations on a base model.
+    Raises `ModelError` for a configuration whose end token is no id.
     """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        ends = _read(model / name).get("eos_token_id")
-        found += [ends] if isinstance(ends, int) else list(ends or ())
+        found += stated_ends(model / name)
     if (end := _id_of(model, _read(model / "tokenizer_config.json").get("eos_token"))) is not None:
         found.append(end)
     if (end := _end_of_turn(model)) is not None:
@@ -44,22 +46,28 @@ def first_tokens(model: Path) -> list[int]:
 
 
 def _end_of_turn(model: Path) -> int | None:
-    """The special token that the chat template writes after an answer, whatever follows."""
+    """The added token that the chat template writes after an answer, whatever follows.
+
+    Some trainings add it as a token that is not special.
+    """
     if not (model / "tokenizer.json").is_file():
         return None
     text = load_text(model)
     if text.template is None:
         return None
     user = {"role": "user", "content": "Hi"}
-    talk = [user, {"role": "assistant", "content": _ANSWER}]
-    try:
-        shown = [render(text.template, [*talk, *more], text.special) for more in ([], [user])]
-    except DataError:  # the template wants other messages
-        return None
+    shown: list[str] = []
+    for first_turns in ([], [{"role": "system", "content": "Hi"}]):
+        talk = [*first_turns, user, {"role": "assistant", "content": _ANSWER}]
+        # A template may want other messages.
+        with contextlib.suppress(DataError):
+            shown = [render(text.template, [*talk, *more], text.special) for more in ([], [user])]
+            break
     behind = [part.partition(_ANSWER)[2].lstrip() for part in shown]
-    longest_first = sorted(text.unseen, key=len, reverse=True)
+    added = text.tokenizer.get_added_tokens_decoder().values()
+    longest_first = sorted((token.content for token in added), key=len, reverse=True)
     first = [next((t for t in longest_first if part.startswith(t)), None) for part in behind]
-    if first[0] is None or first[0] != first[1]:
+    if len(set(first)) != 1 or first[0] is None:
         return None
     return int(text.tokenizer.token_to_id(first[0]))
 

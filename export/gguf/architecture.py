@@ -12,11 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from limbeck.contract.data.arrays import Floats
 from limbeck.contract.errors import ModelError
-
-Floats = npt.NDArray[np.float32]
 
 # llama.cpp's name of each architecture of transformers that the tests write and read back.
 ARCHITECTURES = {
@@ -64,10 +62,12 @@ def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
         made = AutoConfig.for_model(**{"model_type": None, **config})
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"transformers cannot read the configuration: {error}") from None
-    whole: dict[str, Any] = made.to_dict()
-    if not hasattr(type(made), "sliding_window"):  # transformers ignores it in this architecture
-        whole.pop("sliding_window", None)
-    return whole
+    # transformers ignores fields of other architectures, which conversions leave in a file.
+    return {
+        name: value
+        for name, value in made.to_dict().items()
+        if hasattr(type(made), name) or name == "head_dim"
+    }
 
 
 def _differences(name: str, config: Mapping[str, Any]) -> Iterator[str]:

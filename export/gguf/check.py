@@ -22,13 +22,11 @@ from export.check.parity import Case, differences, require_parity
 from export.check.verdict import TOLERANCES, judge, summary
 from export.gguf.llama_cpp import LlamaCpp
 from export.heldout import per_token, row_loss
+from limbeck.contract.data.arrays import Floats, Ids
 from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.errors import ParityError
 from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.progress import task
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 # Rows of these are padded for graphs; without padding they are like the others.
 _PADDED = ("left_padded", "right_padded")
@@ -39,7 +37,7 @@ class Reader:
     """A GGUF file that is open: logits ``[L, V]`` of token ids ``[L]``."""
 
     runtime: str
-    logits: Callable[[Ints], Floats]
+    logits: Callable[[Ids], Floats]
     # ids of a text, with or without what comes before it; None where the runtime has no tokenizer
     encode: Callable[[str, bool], list[int]] | None
     close: Callable[[], None]
@@ -70,7 +68,7 @@ def _with_transformers(file: Path, model: Path) -> Reader:
             attn_implementation="eager",
         ).eval()
 
-    def logits(ids: Ints) -> Floats:
+    def logits(ids: Ids) -> Floats:
         with torch.inference_mode():
             found: Floats = loaded(input_ids=torch.from_numpy(ids[None])).logits[0].numpy()
         return found
@@ -125,8 +123,7 @@ def gguf_losses(form: str, reader: Reader, heldout: Mapping[str, Blocks]) -> dic
 
 
 def require_same_tokens(reader: Reader, model: Path, heldout: Mapping[str, Blocks]) -> None:
-    """Raise `ParityError` if the runtime cuts a held-out text into other tokens than the student's
-    tokenizer."""
+    """Raise `ParityError` if the runtime tokenises a held-out text in another way."""
     if reader.encode is None:
         return
     from tokenizers import Tokenizer

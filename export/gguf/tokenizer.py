@@ -113,7 +113,8 @@ def _cut(part: Mapping[str, Any]) -> str | None:
         case "Digits" if part.get("individual_digits"):
             return "digits"
         case "Split" if "Regex" in part["pattern"]:
-            return str(part["pattern"]["Regex"])
+            cut = str(part["pattern"]["Regex"])
+            return "digits" if cut == r"\p{N}" else cut  # as in tokenizers read from GGUF files
     return str(part["type"])
 
 

@@ -17,10 +17,9 @@ from export.folder.clients import chat_template
 from export.folder.ends import end_tokens
 from export.gguf import architecture as known
 from export.gguf.tokenizer import write_tokenizer
+from limbeck.contract.data.arrays import Floats
 from limbeck.contract.errors import ModelError
 from limbeck.contract.progress import task
-
-Floats = npt.NDArray[np.float32]
 
 # By form: type of matrices, of embedding and head, and the whole file's number of its type. Four
 # bits in the head cost more loss than they save bytes, so it keeps eight, as in int4-weight.

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from limbeck.contract.data.arrays import Floats
+
 Codes = npt.NDArray[np.uint8]
 
 BLOCKS = (128, 64, 32, 16)

@@ -23,6 +23,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from export.graphs import Graphs
 from export.round.smooth import Boundary, Factors, find_boundaries, find_factors
+from limbeck.contract.data.arrays import Floats
 from limbeck.contract.data.heldout import CALIBRATION, load_calibration
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.machine import available_cores
@@ -38,7 +39,6 @@ from limbeck.contract.recipe import (
 )
 from limbeck.runtime.session import import_onnxruntime
 
-Floats = npt.NDArray[np.float32]
 Method = Literal["min-max", "percentile", "entropy"]
 
 # default share of the outliers' difficulty that moves into int8 weights

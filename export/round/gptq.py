@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from export.round.blocks import Blockwise, Codes, Floats, inverse, quantize_blocks
+from export.round.blocks import Blockwise, Codes, inverse, quantize_blocks
+from limbeck.contract.data.arrays import Floats
 
 _DAMPING = 0.01  # of the mean second moment, on the diagonal; the paper's
 _AT_ONCE = 128  # inputs after which the rest of the matrix takes over

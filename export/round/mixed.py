@@ -1,6 +1,4 @@
-"""Choose the matrices of int4-weight that keep 8 bits, for a size or loss in the recipe, and keep
-the table behind the choice.
-"""
+"""Choose the matrices of int4-weight that keep 8 bits, for a size or a loss."""
 
 from __future__ import annotations
 
@@ -77,17 +75,8 @@ def choose_bits(
         exact = heldout_nll(graphs.all, heldout)
 
         def measure(names: list[str]) -> float:
-            with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary:
-                made = form_files(Path(temporary), "int4-weight")
-                made.data.parent.mkdir()
-                quantize_weights(
-                    graphs,
-                    made,
-                    scheme=with_more(scheme, names),
-                    metadata={},
-                    calibration=calibration,
-                )
-                return relative_rise(heldout_nll(made.all, heldout), exact)
+            rounded = _rounded_nll(graphs, with_more(scheme, names), calibration, heldout)
+            return relative_rise(rounded, exact)
 
         chosen, reached = within_loss(costs, rise, measure)
         found |= {"bound_rise": rise, "rise": reached}
@@ -100,6 +89,17 @@ def choose_bits(
     return with_more(scheme, chosen), found | {
         "sensitivity": [_entry(cost, cost.matrix in set(chosen)) for cost in costs]
     }
+
+
+def _rounded_nll(
+    graphs: Graphs, scheme: Scheme, calibration: Calibration | None, heldout: Mapping[str, Blocks]
+) -> dict[str, float]:
+    """Held-out loss of the graphs rounded by ``scheme``, in files that are deleted again."""
+    with tempfile.TemporaryDirectory(dir=graphs.data.parent) as temporary:
+        made = form_files(Path(temporary), "int4-weight")
+        made.data.parent.mkdir()
+        quantize_weights(graphs, made, scheme=scheme, metadata={}, calibration=calibration)
+        return heldout_nll(made.all, heldout)
 
 
 def same_bits(scheme: Scheme, found: dict[str, Any]) -> tuple[Scheme, dict[str, Any]]:

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from export.graphs import Graphs, stamp
-from export.round.blocks import Blockwise, Floats, inverse, pack_nibbles
+from export.round.blocks import Blockwise, inverse, pack_nibbles
 from export.round.calibrate import Calibration
 from export.round.floats import multiply_in_floats
 from export.round.gptq import round_blocks, shares
@@ -19,6 +19,7 @@ from export.round.matrices import Matrix, find_matrices
 from export.round.operators import replace_nodes
 from export.round.scheme import Scheme, Static, is_calibrated
 from export.weights import WeightsFile, external_array
+from limbeck.contract.data.arrays import Floats
 from limbeck.contract.progress import task
 
 _ROWS = 4096  # rows of a matrix rounded at a time, which bounds the memory
@@ -44,11 +45,40 @@ def quantize_weights(
     tensors = {t.name: t for t in first.graph.initializer}
     matrices = find_matrices(first, tensors, scheme)
     calibration = calibration or Calibration()
-    ranges, factors = calibration.ranges, calibration.factors
-    written: dict[str, TensorProto] = {}
+    written = _write_tensors(source, target, tensors, matrices, calibration)
+    graphs = [(source.last, target.last), (source.all, target.all)]
+    if target.prompt:
+        graphs.append((source.last, target.prompt))
+    for old, new in graphs:
+        proto = onnx.load(old, load_external_data=False)
+        replace_nodes(proto, matrices, calibration.ranges)
+        if new == target.prompt:
+            multiply_in_floats(proto.graph, written)
+        own = {
+            t.name: t
+            for t in proto.graph.initializer
+            if not t.external_data and t.name not in calibration.factors
+        }
+        used = {name for node in proto.graph.node for name in node.input}
+        kept = [own.get(name, written.get(name)) for name in sorted(used)]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(tensor for tensor in kept if tensor is not None)
+        stamp(proto, metadata | _integer_bits(matrices))
+        onnx.save(proto, new)
+
+
+def _write_tensors(
+    source: Graphs,
+    target: Graphs,
+    tensors: Mapping[str, TensorProto],
+    matrices: Mapping[str, Matrix],
+    calibration: Calibration,
+) -> dict[str, TensorProto]:
+    """Write the file of weights; returns the tensors that point into it, and the small ones."""
+    factors, written = calibration.factors, dict[str, TensorProto]()
     with target.data.open("wb") as out, task("quantise weights", len(tensors)) as progress:
         file = WeightsFile(out, target.data.name, written)
-        for tensor in first.graph.initializer:
+        for tensor in tensors.values():
             if not tensor.external_data:
                 written[tensor.name] = tensor
                 if tensor.name in factors:
@@ -66,25 +96,7 @@ def quantize_weights(
                 else:
                     file.append(tensor.name, values)
             progress.advance()
-    graphs = [(source.last, target.last), (source.all, target.all)]
-    if target.prompt:
-        graphs.append((source.last, target.prompt))
-    for old, new in graphs:
-        proto = onnx.load(old, load_external_data=False)
-        replace_nodes(proto, matrices, ranges)
-        if new == target.prompt:
-            multiply_in_floats(proto.graph, written)
-        own = {
-            t.name: t
-            for t in proto.graph.initializer
-            if not t.external_data and t.name not in factors
-        }
-        used = {name for node in proto.graph.node for name in node.input}
-        kept = [own.get(name, written.get(name)) for name in sorted(used)]
-        del proto.graph.initializer[:]
-        proto.graph.initializer.extend(tensor for tensor in kept if tensor is not None)
-        stamp(proto, metadata | _integer_bits(matrices))
-        onnx.save(proto, new)
+    return written
 
 
 def quantize_columns(weights_NK: Floats, most: int = 127) -> tuple[npt.NDArray[np.int8], Floats]:

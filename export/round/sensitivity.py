@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from export.graphs import Graphs
-from export.round.blocks import Blockwise, Floats, dequantize_blocks
+from export.round.blocks import Blockwise, dequantize_blocks
 from export.round.gptq import round_blocks, shares
 from export.round.matrices import Matrix
 from export.round.origin import Part, matrix_values
 from export.round.scheme import stored_bytes
+from limbeck.contract.data.arrays import Floats
 from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.progress import task
 

@@ -22,8 +22,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from export.graphs import Graphs
 from export.weights import external_array
-
-Floats = npt.NDArray[np.float32]
+from limbeck.contract.data.arrays import Floats
 
 # Norms with weights along the last axis, and the inputs that hold them.
 _NORMS = {

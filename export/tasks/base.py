@@ -60,9 +60,7 @@ class Task(Protocol):
     def scheme(
         self, form: AnyForm, built: Built, calibrate: Calibrate
     ) -> tuple[Scheme | None, dict[str, Any] | None]:
-        """How ``form`` is rounded, and the record of the choice where matrices differ in their
-        bits.
-        """
+        """How ``form`` is rounded, and the record of the choice of bits by matrix."""
         ...
 
     def check(self, form: str, graphs: Graphs, provider: Provider) -> Checked:

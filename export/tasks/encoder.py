@@ -1,6 +1,4 @@
-"""The export of a classifier or a sentence encoder: one graph a form, and no second one for
-scoring.
-"""
+"""The export of a classifier or sentence encoder: one graph a form, which also scores."""
 
 from __future__ import annotations
 

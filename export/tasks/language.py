@@ -126,9 +126,7 @@ class Language:
     def scheme(
         self, form: AnyForm, built: Built, calibrate: Calibrate
     ) -> tuple[Scheme | None, dict[str, Any] | None]:
-        """As the form says, but for the bits of int4-weight, which `export.mixed` may choose by
-        matrix.
-        """
+        """As the form says; `export.mixed` may choose the bits of int4-weight by matrix."""
         scheme, asked = scheme_for(form, built.width), self.recipe.export
         if form.kind != "int4-weight" or scheme is None or isinstance(asked.mixed, MixedByRule):
             return scheme, None
@@ -169,9 +167,7 @@ class Language:
         )
 
     def finish(self, result: OnnxResult, built: Built, scheme: Scheme | None) -> OnnxResult:
-        """The adapter, and with `export.recover` the held-out loss of the shipped form beside that
-        of fp32.
-        """
+        """The adapter; with `export.recover` held-out losses of the shipped form and of fp32."""
         result = replace(result, adapter=self._kept)
         if self.recipe.export.recover is None or scheme is None:
             return result
@@ -240,9 +236,7 @@ class Language:
 
     @classmethod
     def verify(cls, folder: Path, result: OnnxResult) -> dict[str, Any]:
-        """Parity again, on the positions that travel with the artifact; of the base too where the
-        adapter is apart.
-        """
+        """Parity again, on the artifact's positions; of the base too with separate adapters."""
         files: dict[str, Path | None] = {parity.PARITY: None}
         if result.adapter:
             files = {parity.PARITY: folder / result.adapter.file, parity.PARITY_BASE: None}
@@ -368,12 +362,20 @@ def _loss_section(
     return ["## Held-out loss, nats a token", markdown_table(["text", *arms], rows), note]
 
 
+def in_genai(shipped: str, folder: Path) -> str:
+    """How the folder's model runs in GenAI, whose tokenizer puts no token before a text unless it
+    is asked to."""
+    option = 'tokenizer.update_options(add_special_tokens="true")'
+    begins = f", after `{option}` for texts without a chat template" if first_tokens(folder) else ""
+    return f"onnxruntime-genai (`{shipped}`{begins})"
+
+
 def _clients(result: OnnxResult, folder: Path) -> str:
     graph = result.forms[result.shipped].graph
     dtype = DTYPES.get(Path(graph).stem)
     clients = [f"transformers.js (`dtype: {dtype}`)" if dtype else "transformers.js"]
     if result.backend.name == "genai":
-        clients.insert(0, f"onnxruntime-genai (`{result.shipped}`)")
+        clients.insert(0, in_genai(result.shipped, folder))
     if optimum_loads(folder, folder / graph):
         clients.append("optimum-onnx")
     return ", ".join(clients)

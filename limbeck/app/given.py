@@ -11,8 +11,7 @@ from limbeck.contract.recipe import find_recipe
 
 
 def exported_folder(path: Path, *, command: str) -> Path:
-    """The exported folder of a run, or ``path`` itself. Raises `ArtifactError` for anything
-    else."""
+    """The exported folder of a run, or ``path`` itself. Raises `ArtifactError` otherwise."""
     if (path / RUN).is_file():
         return path / "onnx"
     require_made(path, command=command)

@@ -81,14 +81,8 @@ _SIZES: Mapping[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 128,
 }
-_ENCODER_SIZES: Mapping[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 514,
-}
 _FULL_HEADS = {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+_ENCODER_SIZES: Mapping[str, Any] = {**_FULL_HEADS, "max_position_embeddings": 514}
 _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gpt_neox": _FULL_HEADS,

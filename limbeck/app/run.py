@@ -197,8 +197,7 @@ def is_target(name: str) -> bool:
 def bench_targets(
     targets: Sequence[str], *, against: Sequence[str], out: Path | None, overrides: Sequence[str]
 ) -> None:
-    """Time targets without a recipe into ``out``, and print their table. Raises `RecipeError` for
-    an override outside `bench`."""
+    """Time targets without a recipe; print a table. Raises `RecipeError` for a bad override."""
     from serve_bench.tasks.targets import measure_targets
     from serve_bench.tell.terminal import of_artifact
 
@@ -211,8 +210,7 @@ def bench_targets(
 
 
 def make_products(recipe: AnyRecipe, products: Products | None = None) -> dict[str, Path]:
-    """Make the products that ``recipe`` needs, as planned before or now; student artifacts by
-    teacher name."""
+    """Make the students that ``recipe`` needs as teachers; their artifacts by teacher name."""
     from limbeck.app.plan import training_operations
 
     products = products or plan_products(recipe)
@@ -343,8 +341,7 @@ def _tell(folder: Path, recipe: AnyRecipe) -> Report:
 
 
 def report(folder: Path) -> Report:
-    """Draw the report of the run in ``folder`` again. Raises `ArtifactError` when its measurement
-    is not complete."""
+    """Draw the report of a run again. Raises `ArtifactError` if its measurement is incomplete."""
     if not folder.is_dir():
         raise ArtifactError(
             f"{folder}: no such folder; expected a run folder, such as runs/pico-1a2b3c4d."

@@ -114,9 +114,7 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """sha256 over kind, key, parents and the hash of every file but notes: no times, places or
-        machines.
-        """
+        """sha256 over kind, key, parents and all files but notes; no times, places or machines."""
         counted = {
             name: entry
             for name, entry in self.manifest["files"].items()
@@ -241,9 +239,7 @@ def work_folder(path: Path) -> Path:
 
 
 def student_of(onnx: Artifact) -> Path:
-    """Folder of the student that the graphs of ``onnx`` were made from: the recovered one where
-    that one ships.
-    """
+    """Folder of the student that ``onnx`` was made from; the recovered one if that ships."""
     recovered = onnx.path.parent / RECOVERED
     made_from = onnx.manifest["parents"].get("student")
     if (recovered / MANIFEST).exists() and open_artifact(

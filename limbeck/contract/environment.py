@@ -30,7 +30,11 @@ _NO_TELEMETRY = {
 }
 # Folders that libraries would make beside the cache folder, in the user's and temporary folders,
 # by the variable that moves them into it.
-_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torch", "MPLCONFIGDIR": "matplotlib"}
+_FOLDERS = {
+    "TORCHINDUCTOR_CACHE_DIR": "torch",
+    "MPLCONFIGDIR": "matplotlib",
+    "HF_XET_CACHE": "hub/xet",  # chunks and logs of the hub's transfers
+}
 # Each of these sets how OpenMP threads wait. A user's own setting is kept.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _OURS = "LIMBECK_OMP_WAIT_POLICY"  # is set where the policy is not the user's

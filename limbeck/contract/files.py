@@ -330,9 +330,7 @@ def files_below(folder: Path) -> list[str]:
 
 @contextmanager
 def disk_full_is_a_user_error(path: Path) -> Iterator[None]:
-    """Turn "no space left" into an `EnvironmentalError` that names ``path``, also where a library
-    wrapped it.
-    """
+    """Turn "no space left" into an `EnvironmentalError`, also inside a library's error."""
     try:
         yield
     except Exception as error:

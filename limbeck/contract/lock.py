@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from limbeck.contract.files import (
     sweep,
     unwritable_is_a_user_error,
 )
-from limbeck.contract.progress import say
+from limbeck.contract.progress import say, say_once
 from limbeck.contract.recipe import BaseRecipe
 
 LOCK = ".lock"
@@ -84,7 +83,7 @@ def make_once(
     lock = path.with_name(f".{path.name}{LOCK}")
     with _opened(lock, remedy=_OTHER_CACHE) as (file, holder), disk_full_is_a_user_error(path):
         if holder is not None:
-            _say_once(
+            say_once(
                 f"  waiting for another run ({holder}), which is making {path.parent.name} in the "
                 "cache"
             )
@@ -101,9 +100,7 @@ def make_once(
 def _opened(
     lock: Path, *, remedy: str = "name another with --out"
 ) -> Iterator[tuple[IO[str], str | None]]:
-    """The lock file ``lock``, locked unless another process has done so, and the name of that
-    process.
-    """
+    """The locked lock file, or the name of the process that has it."""
     with unwritable_is_a_user_error(lock.parent, remedy=remedy):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("a+", encoding="utf-8")
@@ -131,9 +128,7 @@ def _take(file: IO[str]) -> str | None:
 
 
 def _is_alive(number: str) -> bool:
-    """Whether ``number`` is a process of this machine; one that was killed has left its number
-    behind.
-    """
+    """Whether a process of this machine has this number; a killed one leaves its number behind."""
     try:
         os.kill(int(number), 0)
     except PermissionError:
@@ -141,11 +136,6 @@ def _is_alive(number: str) -> bool:
     except (ValueError, OverflowError, OSError):
         return False
     return True
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    say(message)
 
 
 @contextmanager

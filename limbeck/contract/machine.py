@@ -1,6 +1,4 @@
-"""Facts about this machine: processor, cores, memory, and versions of the libraries that can change
-a result.
-"""
+"""Facts about this machine: processor, cores, memory, versions of libraries that matter."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Text of strangers made safe to show: names, paths, descriptions and licences come from files that
-others wrote.
-"""
+"""Text of strangers made safe to show: names, paths, descriptions and licences."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Child processes that end when their parent does, also when the parent is killed and can stop
-nobody.
-"""
+"""Child processes that end when their parent ends, even if the parent is killed."""
 
 from __future__ import annotations
 

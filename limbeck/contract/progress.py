@@ -1,9 +1,8 @@
-"""Progress of long work: a live bar when a terminal watches, plain lines with a clock when none
-does.
-"""
+"""Progress of long work: a live bar on a terminal, plain lines with a clock elsewhere."""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -17,9 +16,7 @@ _PLAIN_EVERY = 10.0  # seconds between plain lines of one task
 
 
 def leads() -> bool:
-    """Whether this process is the only one of the job, or the first that torchrun or accelerate
-    started.
-    """
+    """Whether this process is the only one of the job, or the first of several."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -35,6 +32,12 @@ def say(message: str) -> None:
     """
     if leads():
         print(printable(message), file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """As `say`, but a message that this process wrote before is left out."""
+    say(message)
 
 
 Later = Callable[[float], float | None]

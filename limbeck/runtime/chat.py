@@ -25,6 +25,11 @@ LONGEST = 5.0  # seconds of a processor for one rendering; a conversation of 1 M
 _CHILD = Child()
 T = TypeVar("T")
 Messages = Sequence[Mapping[str, Any]]
+# Names that a rendering gives to every template, so that no variable of a user may have them.
+OURS = frozenset({
+    "messages", "tools", "chat_template", "add_generation_prompt", "conversations",
+    "return_assistant_tokens_mask", "continue_final_message",
+})  # fmt: skip
 _NAME = "limbeck_call_{}_"  # no function is called so
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
@@ -43,13 +48,15 @@ def render(
     messages: Messages,
     special: Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The conversation as text, up to where the model answers. ``special``: bos_token and its like.
 
-    ``tools`` are OpenAI's descriptions of functions. Messages have the form of `fitted`.
+    ``tools`` are OpenAI's descriptions of functions, ``variables`` the template's own, such as
+    enable_thinking. Messages have the form of `fitted`.
     Raises `DataError` when the template refuses the messages, fails on them or takes too much.
     """
-    given = dict(special), list(tools) if tools else None
+    given = {**special, **(variables or {})}, list(tools) if tools else None
 
     def text_of(messages: Messages) -> str:
         try:
@@ -155,10 +162,11 @@ def _guarded(function: Callable[..., T], *given: Any) -> T:
 
 
 def _render(
-    template: str, messages: list[Any], special: dict[str, str], tools: list[Any] | None
+    template: str, messages: list[Any], variables: dict[str, Any], tools: list[Any] | None
 ) -> str:
+    given = {"documents": None} | variables
     return _compiled(template).render(
-        messages=messages, tools=tools, documents=None, add_generation_prompt=True, **special
+        messages=messages, tools=tools, add_generation_prompt=True, **given
     )
 
 

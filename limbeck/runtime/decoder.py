@@ -14,15 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from limbeck.contract.artifact import open_artifact
+from limbeck.contract.artifact import Artifact, open_artifact
+from limbeck.contract.data.arrays import Ids, Logits, token_rows
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError
 from limbeck.contract.machine import available_cores, sums_overflow
 from limbeck.contract.recipe import NO_KERNEL, Provider
 from limbeck.runtime.sampling import GREEDY, Constraint, Sampler, Sampling
 from limbeck.runtime.session import PROVIDERS, import_onnxruntime, open_session, read_adapter
-
-Ids = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
 
 # Tokens of a prompt that are read at least, however much of it a cache holds. A cold run reads
 # several at once, and a run of one token adds in another order: docs/experiments/serving.md.
@@ -119,12 +117,7 @@ class GraphDecoder:
         ``[B, V]`` that follow each row's last token, or ``[B, S, V]`` from an all-logits graph.
         Raises `DataError` past the model's context.
         """
-        tokens = np.ascontiguousarray(ids, np.int64)
-        if tokens.ndim != 2 or not tokens.size:
-            raise DataError(
-                f"found ids of shape {tokens.shape}; "
-                "expected [rows, tokens] with at least one token."
-            )
+        tokens = token_rows(ids)
         valid = np.ones_like(tokens) if mask is None else np.ascontiguousarray(mask, np.int64)
         if valid.shape != tokens.shape or not valid.any(axis=1).all():
             raise DataError(
@@ -408,22 +401,8 @@ class Decoder(GraphDecoder):
         `EnvironmentalError` for a missing runtime or provider and for a form that the provider has
         no kernels for.
         """
-        folder = Path(folder)
-        artifact = open_artifact(folder, kind="onnx", verify=verify)
-        result = artifact.result
-        if result.get("task", "causal-lm") != "causal-lm":
-            raise ArtifactError(
-                f"{folder}: holds an encoder, which generates nothing; "
-                "open it with limbeck.runtime.encoder.Encoder."
-            )
-        name = form or result["shipped"]
-        if name in result.get("ggufs", {}):
-            raise ArtifactError(
-                f"{folder}: {name} is a GGUF file, {result['ggufs'][name]['file']}; "
-                "run it with llama.cpp or Ollama, or name one of the graphs."
-            )
-        if name not in result["forms"]:
-            raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
+        artifact = open_artifact(Path(folder), kind="onnx", verify=verify)
+        result, name = artifact.result, _graph_form(artifact, form)
         made = result["forms"][name]
         self.form: str = name
         self.made_for: Provider = made.get("provider", "cpu")
@@ -454,3 +433,22 @@ class Decoder(GraphDecoder):
             adapter=None if adapter == "none" else Path(adapter),
             prompts=prompts,
         )
+
+
+def _graph_form(artifact: Artifact, form: str | None) -> str:
+    """``form`` or the shipped one. Raises `ArtifactError` unless it is a graph that generates."""
+    result, folder = artifact.result, artifact.path
+    if result.get("task", "causal-lm") != "causal-lm":
+        raise ArtifactError(
+            f"{folder}: holds an encoder, which generates nothing; "
+            "open it with limbeck.runtime.encoder.Encoder."
+        )
+    name = form or result["shipped"]
+    if name in result.get("ggufs", {}):
+        raise ArtifactError(
+            f"{folder}: {name} is a GGUF file, {result['ggufs'][name]['file']}; "
+            "run it with llama.cpp or Ollama, or name one of the graphs."
+        )
+    if name not in result["forms"]:
+        raise ArtifactError(f"{folder}: no form {name!r}; it has {', '.join(result['forms'])}.")
+    return name

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from limbeck.contract.artifact import open_artifact
+from limbeck.contract.data.arrays import Ids, token_rows
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.machine import available_cores
 from limbeck.contract.models.tokens import text_errors
 from limbeck.runtime.session import open_session
 from limbeck.runtime.text import load_text, well_formed
 
-Ids = npt.NDArray[np.int64]
 Answers = npt.NDArray[np.float32]
 
 _ANSWERS = {"classification": "logits", "embedding": "sentence_embedding"}
@@ -53,12 +53,7 @@ class GraphEncoder:
         rows in batches of its own size, padded to its length, which is then the context.
         Raises `DataError` past the model's context.
         """
-        tokens = np.ascontiguousarray(ids, np.int64)
-        if tokens.ndim != 2 or not tokens.size:
-            raise DataError(
-                f"found ids of shape {tokens.shape}; "
-                "expected [rows, tokens] with at least one token."
-            )
+        tokens = token_rows(ids)
         if self.context and tokens.shape[1] > self.context:
             raise DataError(
                 f"found {tokens.shape[1]} tokens; this model reads {self.context} at most. "

@@ -92,22 +92,13 @@ def open_session(
             f"onnxruntime {ort.__version__} has no {name} here, only {', '.join(available)}; "
             + remedy
         )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
-    options.inter_op_num_threads = 1
-    options.enable_mem_pattern = memory_pattern
-    options.log_severity_level = 4
+    options = _options(ort, threads=threads, memory_pattern=memory_pattern)
     switched_off = []
-    if (
-        dequantizes
-    ):  # by default onnxruntime keeps all matrices until the run ends: 3 times the file
+    if dequantizes:
+        # By default onnxruntime keeps all matrices until the run ends: 3 times the file.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         switched_off = ["ConstantFolding"]  # which would make them when the graph is opened
-    # Threads may spin within a run, where the next operator is microseconds away, but not for
-    # long: beside a busy process they would take each other's time. Between runs they must sleep.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(
             str(graph), options, providers=asked_for(provider), disabled_optimizers=switched_off
@@ -123,6 +114,20 @@ def open_session(
         )
     warn_of_overflow(session.get_modelmeta().custom_metadata_map)
     return session
+
+
+def _options(ort: Any, *, threads: int | None, memory_pattern: bool) -> Any:
+    """Session options of every graph."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cores()
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = memory_pattern
+    options.log_severity_level = 4
+    # Threads may spin within a run, where the next operator is microseconds away, but not for
+    # long: beside a busy process they would take each other's time. Between runs they must sleep.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def warn_of_overflow(metadata: Mapping[str, str]) -> None:

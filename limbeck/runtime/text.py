@@ -82,10 +82,12 @@ class Text:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation (``role`` and ``content`` each) as text up to the model's answer.
 
-        ``tools`` are OpenAI's descriptions of functions, for templates that show them.
+        ``tools`` are OpenAI's descriptions of functions, for templates that show them;
+        ``variables`` are the template's own.
         Raises `DataError` when there is no chat template or it refuses the messages.
         """
         template = self.template_for(tools)
@@ -93,7 +95,7 @@ class Text:
             raise DataError(
                 "this model has no chat template; leave --chat out and give it plain text."
             )
-        return well_formed(render(template, messages, self.special, tools))
+        return well_formed(render(template, messages, self.special, tools, variables))
 
     def template_for(self, tools: Sequence[Any] | None) -> str | None:
         """The chat template of a conversation with these ``tools``, as transformers chooses it."""

@@ -23,7 +23,6 @@ from serve_bench.judge.changes import (
     TOLERANCES,
     Comparison,
     Row,
-    Timed,
     exact_row,
     judge_change,
     relative,
@@ -60,10 +59,6 @@ class _Run:
         return self.measured.environment
 
     @property
-    def timed(self) -> Timed:
-        return self.measured.samples, self.measured.reference
-
-    @property
     def shipped(self) -> str:
         return self.reference.shipped_arm.id
 
@@ -86,39 +81,20 @@ def compare_runs(
     old, new = _open(before, choose), _open(after, choose)
     _require_same_work(old, new)
     notes = list(_differences(old, new))
-    machines = [
-        name for name in _MACHINE if old.environment["host"][name] != new.environment["host"][name]
-    ]
-    if machines:
-        found = "; ".join(
-            f"{n}: {_shown(old.environment['host'][n])} and {_shown(new.environment['host'][n])}"
-            for n in machines
-        )
+    if (machines := _machines(old, new)) is not None:
         if not across_machines:
             raise UserError(
-                f"{before} and {after} were measured on different machines ({found}), so a "
+                f"{before} and {after} were measured on different machines ({machines}), so a "
                 "difference of speed says nothing of the models. Measure both on one machine "
                 "(limbeck bench), or give --across-machines to see them beside each other."
             )
         notes.insert(
             0,
-            (
-                f"**Different machines**: {found}. Times and memory compare the machines as well "
-                "as the models."
-            ),
+            f"**Different machines**: {machines}. Times and memory compare the machines as well "
+            "as the models.",
         )
     anchors = _anchors(old, new)
-    if anchors:
-        names = ", ".join(new.bench.result["arms"][anchor]["label"] for anchor in anchors)
-        notes.append(
-            f"Changes of time are relative to {names}, timed in both runs: a slower machine is not "
-            "a slower model."
-        )
-    else:
-        notes.append(
-            "No arm is the same in both runs, so a change of time holds what the machine did "
-            "between them, too."
-        )
+    notes.append(_note_of(anchors, new))
     more, remarks = new.task.scenarios(old.measured, new.measured, allowed["speed"], anchors)
     same_text = _text(old) == _text(new)
     if old.measured.quality is not None and new.measured.quality is not None and not same_text:
@@ -135,6 +111,27 @@ def compare_runs(
             "Ratio only: no samples, or too few, for an interval, so nothing is decided by it."
         )
     return Comparison(str(before), str(after), tuple(rows), tuple(notes))
+
+
+def _machines(old: _Run, new: _Run) -> str | None:
+    """How the machines of both runs differ, or None for the same kind of machine."""
+    then, now = old.environment["host"], new.environment["host"]
+    differ = [name for name in _MACHINE if then[name] != now[name]]
+    return "; ".join(f"{n}: {_shown(then[n])} and {_shown(now[n])}" for n in differ) or None
+
+
+def _note_of(anchors: Sequence[str], new: _Run) -> str:
+    """What changes of time are relative to."""
+    if not anchors:
+        return (
+            "No arm is the same in both runs, so a change of time holds what the machine did "
+            "between them, too."
+        )
+    names = ", ".join(new.bench.result["arms"][anchor]["label"] for anchor in anchors)
+    return (
+        f"Changes of time are relative to {names}, timed in both runs: a slower machine is not "
+        "a slower model."
+    )
 
 
 def _open(path: Path, choose: Chooser[JudgingTask]) -> _Run:
@@ -218,7 +215,9 @@ def _parents(run: _Run) -> dict[str, str]:
 def _times(old: _Run, new: _Run, tolerance: float, anchors: Sequence[str]) -> Iterator[Row]:
     for title, metric, cell in new.task.metrics:
         sides = [figures.by_block(r.measured.samples, r.shipped, metric, cell) for r in (old, new)]
-        ratio = time_change(old.timed, new.timed, metric=metric, anchors=anchors, cell=cell)
+        ratio = time_change(
+            old.measured.timed, new.measured.timed, metric=metric, anchors=anchors, cell=cell
+        )
         change = relative(ratio)
         then, now = (f"{1e3 * np.median(values):.4g}" for values in sides)
         status = judge_change(change, tolerance)

@@ -9,7 +9,7 @@ import numpy as np
 
 from limbeck.contract.results.bench import Interval
 from serve_bench.judge import scenarios
-from serve_bench.judge.changes import Row, Timed, exact_row, ratio_of, speed_row, widened_by_both
+from serve_bench.judge.changes import Row, exact_row, ratio_of, speed_row, widened_by_both
 from serve_bench.judge.stats import CONFIDENCE, median_interval
 from serve_bench.judge.task import Measured
 
@@ -27,11 +27,6 @@ def scenario_changes(
         *_served(old, new, tolerance, notes),
     ]
     return rows, notes
-
-
-def timed(run: Measured) -> Timed:
-    """Samples and reference of a run."""
-    return run.samples, run.reference
 
 
 def _batches(
@@ -57,7 +52,7 @@ def _batches(
                 [scenarios.by_block(side[anchor], seconds) for side in (others, arms)]
                 for anchor in there
             ]
-            ratio = widened_by_both(ratio_of(ours, beside), timed(old), timed(new), metric)
+            ratio = widened_by_both(ratio_of(ours, beside), old.timed, new.timed, metric)
             title = f"tokens/s {what}, batch {batch}, prompt {prompt}, new {made}"
             yield speed_row(
                 title, tokens / np.median(ours[1]), tokens / np.median(ours[0]), ratio, tolerance

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.errors import ArtifactError
 from limbeck.contract.results.bench import Arm, BenchResult, Gate, TaskName, Verdict, arms_of
-from serve_bench.judge.changes import Row
+from serve_bench.judge.changes import Row, Timed
 from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Cell, Reference, Sample, read_rows
 from serve_bench.judge.gates import conclude
 
@@ -32,6 +32,11 @@ class Measured:
     quality: Any
     reference: Reference
     stored: Mapping[str, Any]  # the result in the manifest; empty while the bench is being made
+
+    @property
+    def timed(self) -> Timed:
+        """What `time_change` compares."""
+        return self.samples, self.reference
 
 
 @dataclass(frozen=True)

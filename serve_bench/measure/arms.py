@@ -110,9 +110,7 @@ def provider_of(onnx: Artifact, form: str) -> str:
 
 
 def form_arm(onnx: Artifact, form: str, *, twin: bool = False) -> Arm:
-    """A form of an ``onnx`` artifact under onnxruntime; ``twin`` makes it the copy that shows the
-    noise.
-    """
+    """A form of an ``onnx`` artifact under onnxruntime; ``twin``: the copy that shows noise."""
     spec = {"artifact": str(onnx.path), "form": form, "device": provider_of(onnx, form)}
     name, label, role = (
         (f"onnx:{form}:twin", f"{form} (copy)", "twin") if twin else (f"onnx:{form}", form, "form")

@@ -133,7 +133,7 @@ def before(
 
 
 def open_all(workers: Workers, arms: Sequence[Arm], environment: dict[str, Any]) -> None:
-    """Start every arm that is not open yet, and write down what each says of itself."""
+    """Start every arm that is not open yet, and write down the facts of each."""
     running = workers.running
     with task("opening", len(arms)) as progress:
         for arm in arms:

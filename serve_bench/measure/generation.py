@@ -19,7 +19,7 @@ from limbeck.runtime.text import load_text
 from serve_bench.judge.figures import Reference
 from serve_bench.judge.stats import mean_interval
 
-_SHOWN = 3  # prompts whose answers the report shows
+SHOWN = 3  # prompts whose answers the report shows
 _WITHOUT = (
     "sacrebleu and rouge-score are not installed; run: pip install 'limbeck[eval]', and measure "
     "again."
@@ -33,12 +33,14 @@ def of_run(
     prompt: Callable[[int], Tokens],
     continuation: Callable[[int], Tokens],
     folder: Path,
+    others: Mapping[int, Mapping[str, str]],
 ) -> dict[str, Any]:
     """Figures of the timed generations of samples.jsonl, one a block and arm, decoded with the
     tokenizer in ``folder``.
 
     ``continuation`` is how the held-out text of a block goes on after the prompt. Arms are held
     against the fp32 graph and the teachers; copies, and runtimes that only time, are left out.
+    ``others`` are the answers of teachers with another tokenizer, by block and arm.
     """
     arms = [arm.id for arm in reference.arms if arm.scored]
     generated: dict[str, dict[int, Tokens]] = {arm: {} for arm in arms}
@@ -54,11 +56,12 @@ def of_run(
 
     shown = [arm.id for arm in reference.arms if arm.role in ("teacher", "student")]
     shown.append(reference.shipped_arm.id)
-    texts = [
-        written({arm: generated[arm][block] for arm in shown}, decode, prompt(block), "student")
-        | {"text": decode(continuation(block))}
-        for block in blocks[:_SHOWN]
-    ]
+    texts = []
+    for block in blocks[:SHOWN]:
+        answers = {arm: decode(generated[arm][block]) for arm in shown}
+        found = marked(dict(others.get(block, {})) | answers, "student")
+        text = decode(continuation(block))
+        texts.append({"prompt": decode(prompt(block)), "answers": found, "text": text})
     found = describe(
         {arm: [found[block] for block in blocks] for arm, found in generated.items()},
         [continuation(block) for block in blocks],
@@ -68,18 +71,10 @@ def of_run(
     return found | {"texts": texts}
 
 
-def written(
-    rows: Mapping[str, Tokens], decode: Callable[[Tokens], str], prompt: Tokens, base: str
-) -> dict[str, Any]:
-    """The texts of one prompt: ``answers`` by arm, each in two parts, the second from the first
-    difference to ``base``.
-    """
-    texts = {arm: decode(row) for arm, row in rows.items()}
+def marked(texts: Mapping[str, str], base: str) -> dict[str, list[str]]:
+    """Each text in two parts, the second from the first difference to that of ``base``."""
     same = {arm: _same(text, texts[base]) for arm, text in texts.items()}
-    return {
-        "prompt": decode(prompt),
-        "answers": {arm: [text[: same[arm]], text[same[arm] :]] for arm, text in texts.items()},
-    }
+    return {arm: [text[: same[arm]], text[same[arm] :]] for arm, text in texts.items()}
 
 
 def describe(
@@ -134,8 +129,7 @@ def describe(
 
 def overlap(ours: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """BLEU of the corpus, and mean chrF and ROUGE-L (F1) of the texts, all from 0 to 100, with
-    sacrebleu's signatures.
-    """
+    sacrebleu's signatures."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF

@@ -1,6 +1,4 @@
-"""The table that a terminal shows while arms are timed: a row for each arm and each thing that is
-timed.
-"""
+"""The table in a terminal while arms are timed: a row for each arm and timed quantity."""
 
 from __future__ import annotations
 

@@ -57,9 +57,7 @@ def _repeat(worker: Worker, unit: Unit) -> None:
 
 
 class Watch:
-    """Looks at a process tree and at the cards' memory until it is left; ``peak_rss`` and
-    ``peak_device`` in bytes.
-    """
+    """Peak memory of a process tree and of the cards until it is left, in bytes."""
 
     def __init__(self, pid: int, nvml: Nvml) -> None:
         self._pid, self._nvml = pid, nvml
@@ -83,9 +81,7 @@ class Watch:
 
 
 def tree_rss(pid: int) -> int:
-    """Bytes of memory that a process and all its descendants hold now; pages they share count for
-    each.
-    """
+    """Bytes that a process and its descendants hold; shared pages count for each."""
     import psutil
 
     try:
@@ -133,9 +129,7 @@ class Energy:
         self._sources.clear()
 
     def over(self, work: Callable[[], object]) -> float | None:
-        """Do ``work`` and return the joules it took; without a source, leave it undone and return
-        none.
-        """
+        """Joules that ``work`` took; without a source, None and ``work`` is not done."""
         if not self._sources:
             return None
         before = {name: read() for name, read in self._sources.items()}

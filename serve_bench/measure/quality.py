@@ -16,6 +16,8 @@ from limbeck.contract.results.bench import Arm
 from serve_bench.judge.quality import mix
 from serve_bench.measure.workers import Workers
 
+_FIGURES = ("nll", "kl", "top1", "calibration")
+
 
 def measure_quality(
     workers: Workers,
@@ -35,28 +37,10 @@ def measure_quality(
     block, so that any mean and interval can be computed from it.
     """
     known = known or {}
-    teachers = [arm for arm in arms if arm.role == "teacher" and arm.id not in known]
-    result: dict[str, Any] = {
-        "vocabulary": vocabulary,
-        "mixture_of": [arm.id for arm in teachers],
-        # Whether the graph that was timed and its twin that scores choose the same token after one
-        # block a domain.
-        "same_choice": {},
-        "domains": {
-            name: {
-                "labels": blocks.scored.sum(1).tolist(),
-                "utf8_bytes": blocks.utf8_bytes.tolist(),
-            }
-            for name, blocks in heldout.items()
-        },
-        "arms": {
-            arm.id: {
-                name: {f: [] for f in ("nll", "kl", "top1", "calibration")} for name in heldout
-            }
-            for arm in arms
-            if arm.scored and arm.id not in known
-        },
-    }
+    here = [arm for arm in arms if arm.id not in known]
+    teachers = [arm for arm in here if arm.role == "teacher"]
+    answering = [arm for arm in here if arm.scored]
+    result = {"vocabulary": vocabulary} | _empty(teachers, answering, heldout)
     chosen = _choices(workers, arms, heldout)
     files = [folder / f"teacher{index}.npy" for index in range(len(teachers))]
     mixture = folder / "mixture.npy"
@@ -70,21 +54,19 @@ def measure_quality(
                     workers[arm].ask("logp", ids=ids, vocabulary=vocabulary, file=str(file))
                 if teachers:
                     mix(files, mixture)
-                for arm in arms:
-                    if arm.scored and arm.id not in known:
-                        found = workers[arm].ask(
-                            "score",
-                            ids=ids,
-                            scored=scored[1 : len(ids)],
-                            vocabulary=vocabulary,
-                            mixture=str(mixture) if teachers else None,
-                        )
-                        for figure, values in result["arms"][arm.id][name].items():
-                            values.append(found[figure])
-                        if index == 0 and arm.id in chosen:
-                            result["same_choice"].setdefault(arm.id, {})[name] = (
-                                chosen[arm.id][name] == found["last"]
-                            )
+                for arm in answering:
+                    found = workers[arm].ask(
+                        "score",
+                        ids=ids,
+                        scored=scored[1 : len(ids)],
+                        vocabulary=vocabulary,
+                        mixture=str(mixture) if teachers else None,
+                    )
+                    for figure, values in result["arms"][arm.id][name].items():
+                        values.append(found[figure])
+                    if index == 0 and arm.id in chosen:
+                        same = result["same_choice"].setdefault(arm.id, {})
+                        same[name] = chosen[arm.id][name] == found["last"]
                 progress.advance()
     if known:
         result["other_tokenizers"] = list(known)
@@ -93,6 +75,29 @@ def measure_quality(
         for arm, by_domain in known.items()
     }
     return result
+
+
+def _empty(
+    teachers: Sequence[Arm], answering: Sequence[Arm], heldout: Mapping[str, Blocks]
+) -> dict[str, Any]:
+    """The content of quality.json before the first answer."""
+    return {
+        "mixture_of": [arm.id for arm in teachers],
+        # Whether the graph that was timed and its twin that scores choose the same token after one
+        # block a domain.
+        "same_choice": {},
+        "domains": {
+            name: {
+                "labels": blocks.scored.sum(1).tolist(),
+                "utf8_bytes": blocks.utf8_bytes.tolist(),
+            }
+            for name, blocks in heldout.items()
+        },
+        "arms": {
+            arm.id: {name: {figure: [] for figure in _FIGURES} for name in heldout}
+            for arm in answering
+        },
+    }
 
 
 def measure_evaluations(
@@ -111,16 +116,11 @@ def measure_evaluations(
         for name, blocks in rows.items():
             for ids, scored in zip(_rows(blocks), blocks.scored.tolist(), strict=True):
                 for arm in arms:
-                    sums = workers[arm].ask(
-                        "score",
-                        ids=ids,
-                        scored=scored[1 : len(ids)],
-                        vocabulary=vocabulary,
-                        mixture=None,
+                    answered = workers[arm].ask(
+                        "evaluate", ids=ids, scored=scored[1 : len(ids)], vocabulary=vocabulary
                     )
-                    mine = found["arms"][arm.id][name]
-                    mine["nll"].append(sums["nll"])
-                    mine["right"].append(round(sum(column[2] for column in sums["calibration"])))
+                    for figure, values in found["arms"][arm.id][name].items():
+                        values.append(answered[figure])
                 progress.advance()
     return found
 
@@ -134,9 +134,7 @@ def _rows(blocks: Blocks) -> list[list[int]]:
 def _choices(
     workers: Workers, arms: Sequence[Arm], heldout: Mapping[str, Blocks]
 ) -> dict[str, dict[str, int]]:
-    """First choices of each onnx arm's timed graph on the first block of each domain, without its
-    last token.
-    """
+    """First choices of each onnx arm's timed graph after the first block of each domain."""
     return {
         arm.id: {
             name: workers[arm].ask("last", ids=_rows(blocks)[0][:-1])["token"]

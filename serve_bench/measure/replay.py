@@ -145,9 +145,7 @@ def replay_speed(
     onnx: Artifact,
     differs: Mapping[str, str],
 ) -> list[Finding]:
-    """A short run of the shipped form beside its own copy and the fp32 graph: the same block loop
-    as the bench's.
-    """
+    """Time the shipped form shortly beside its copy and fp32, with the bench's block loop."""
     promised, shipped = certificate["figures"], str(certificate["artifact"]["shipped"])
     twin = replace(arm, id=f"{arm.id}:twin", role="twin")
     arms = [arm, twin] + ([form_arm(onnx, "fp32")] if promised["speed_over_fp32"] else [])
@@ -180,8 +178,7 @@ def replay_speed(
 
 def _one_may_move(ratio: Finding | None, times: Finding | None) -> list[Finding]:
     """One of the two may move with the machine: its clock moves the times, others who use its
-    memory the ratio.
-    """
+    memory the ratio."""
     if ratio is not None and times is not None and ratio.holds != times.holds:
         if ratio.holds:
             note = "its speed over the fp32 graph is as certified"

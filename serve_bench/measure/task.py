@@ -84,9 +84,7 @@ class MeasuringTask(JudgingTask, Protocol):
         """Write the remaining files of the artifact."""
 
     def live(self, threads: int) -> tuple[str, list[Test]]:
-        """Rows of the table that is shown while timing: its unit, and title, metric, cell and
-        amount of each row.
-        """
+        """Unit of the table shown while timing; title, metric, cell and amount of each row."""
 
     def replay_quality(
         self,
@@ -96,9 +94,7 @@ class MeasuringTask(JudgingTask, Protocol):
         bench: Artifact,
         work: Path,
     ) -> list[tuple[str, float, float]]:
-        """Measure the quality of the shipped form again: name, promised value and value now of each
-        figure.
-        """
+        """Score the shipped form again: name, promised value and value now of each figure."""
 
     def tolerance(self, onnx: Artifact) -> float:
         """Largest difference that a replay on other hardware or libraries may have."""

@@ -40,9 +40,7 @@ class Unit(Protocol):
         """Do it once, untimed; the most memory that the process held so far, in bytes."""
 
     def warm(self, worker: Worker, raw: IO[str]) -> dict[str, Any]:
-        """Run a worker until its times are steady; ``steady``, ``warm_up_runs`` and
-        ``warm_up_s``.
-        """
+        """Run a worker until its times are steady; ``steady``, ``warm_up_runs``, ``warm_up_s``."""
 
     def time(self, worker: Worker) -> dict[str, Any]:
         """Time it once; the fields of its row in samples.jsonl."""
@@ -129,8 +127,7 @@ def prompt(heldout: Mapping[str, Blocks], block: int, tokens: int, *, then: int 
 
 def batch(heldout: Examples, cell: Cell, block: int) -> list[list[int]]:
     """Rows of a block: windows of held-out text, examples joined, read from its start again where
-    it ends.
-    """
+    it ends."""
     rows = zip(heldout.input_ids, heldout.lengths, strict=True)
     text, wanted = np.concatenate([row[:length] for row, length in rows]), cell.batch * cell.length
     window = np.roll(text, -wanted * block)

@@ -12,13 +12,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from limbeck.contract.data.arrays import Floats, Ids
 from limbeck.contract.errors import ArtifactError
 from limbeck.runtime.decoder import GraphDecoder
-
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 
 class Batch(Protocol):

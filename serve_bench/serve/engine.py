@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from limbeck.contract.data.arrays import Floats
 from limbeck.contract.errors import (
     ArtifactError,
     ClosedError,
@@ -36,7 +37,7 @@ from limbeck.runtime.decoder import FEWEST_READ, Decoder, common_prefix
 from limbeck.runtime.grammar import Grammar, GrammarError, Grammars
 from limbeck.runtime.sampling import GREEDY, Sampler, Sampling, TokenLogprobs, logprobs
 from limbeck.runtime.text import Decoding, load_text
-from serve_bench.serve.batch import Floats, bytes_per_token, open_batch
+from serve_bench.serve.batch import bytes_per_token, open_batch
 from serve_bench.serve.prefix import PrefixCache
 from serve_bench.serve.scoring import Scorer
 from serve_bench.serve.text.stops import StopStrings

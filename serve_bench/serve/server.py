@@ -52,6 +52,7 @@ def make_app(
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None)
     app.state.registry = metrics.registry
     app.add_middleware(Gate, engine=engine, metrics=metrics, limits=limits, access_log=access_log)
+    _answer_errors(app, metrics)
     card = {
         "id": model,
         "object": "model",
@@ -59,23 +60,6 @@ def make_app(
         "owned_by": "limbeck",
         "max_model_len": engine.longest,
     }
-
-    @app.exception_handler(ApiError)
-    async def refused(_: HttpRequest, error: ApiError) -> Response:
-        return refusal(metrics, error)
-
-    @app.exception_handler(HTTPException)
-    async def not_served(_: HttpRequest, error: HTTPException) -> Response:
-        if error.status_code == 400:  # the body is no text, or nested too deeply
-            return refusal(metrics, ApiError(400, "the body cannot be read as JSON."))
-        served = ", ".join(ENDPOINTS)
-        message = f"{error.detail}; this server has {served}."
-        return refusal(metrics, ApiError(error.status_code, message))
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: HttpRequest, error: RequestValidationError) -> Response:
-        message, field = first_mistake(error.errors())
-        return refusal(metrics, ApiError(400, message, param=field))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -97,15 +81,7 @@ def make_app(
     async def chat_completions(http: HttpRequest, body: ChatBody) -> Response:
         return await service.chat(http, body)
 
-    @app.get("/health")
-    async def health() -> Response:
-        status = "failed" if engine.failure else "shutting down" if engine.closing else "ok"
-        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def figures() -> Response:
-        found = metrics.registry if gather is None else _Found(await gather())
-        return Response(generate_latest(found), media_type=CONTENT_TYPE_LATEST)
+    _add_state(app, engine, gather)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -115,6 +91,41 @@ def make_app(
         if "model" in body.get("properties", {}):
             body["properties"]["model"]["enum"] = [model]
     return app
+
+
+def _add_state(app: FastAPI, engine: Engine, gather: Gather | None) -> None:
+    """Add the routes that say how the server is."""
+
+    @app.get("/health")
+    async def health() -> Response:
+        status = "failed" if engine.failure else "shutting down" if engine.closing else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def figures() -> Response:
+        found = app.state.registry if gather is None else _Found(await gather())
+        return Response(generate_latest(found), media_type=CONTENT_TYPE_LATEST)
+
+
+def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Give every error the form that OpenAI's clients expect, and count it."""
+
+    @app.exception_handler(ApiError)
+    async def refused(_: HttpRequest, error: ApiError) -> Response:
+        return refusal(metrics, error)
+
+    @app.exception_handler(HTTPException)
+    async def not_served(_: HttpRequest, error: HTTPException) -> Response:
+        if error.status_code == 400:  # the body is no text, or nested too deeply
+            return refusal(metrics, ApiError(400, "the body cannot be read as JSON."))
+        served = ", ".join(ENDPOINTS)
+        message = f"{error.detail}; this server has {served}."
+        return refusal(metrics, ApiError(error.status_code, message))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: HttpRequest, error: RequestValidationError) -> Response:
+        message, field = first_mistake(error.errors())
+        return refusal(metrics, ApiError(400, message, param=field))
 
 
 class _Found(CollectorRegistry):

@@ -141,7 +141,7 @@ class Service:
         messages = [message.plain() for message in body.messages]
         tools = [tool.plain() for tool in body.offered]
         try:
-            ids = await self._work(http, self._readers, self._read_chat, messages, tools)
+            ids = await self._work(http, self._readers, self._read_chat, body, messages, tools)
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
         most = body.max_completion_tokens or body.max_tokens
@@ -153,9 +153,11 @@ class Service:
             grammar = await self._grammar(http, lark, "tools" if tools else "response_format")
         return await self._answer(http, body, ids, most, shape, grammar=grammar, offer=offer)
 
-    def _read_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+    def _read_chat(
+        self, body: ChatBody, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    ) -> list[int]:
         """The tokens of a conversation; of one that cannot fit, only the text is made."""
-        text = self.engine.text.rendered(messages, tools)
+        text = self.engine.text.rendered(messages, tools, body.variables)
         self._fits(text)
         return self.engine.text.encode_rendered(text)
 

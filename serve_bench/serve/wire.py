@@ -22,14 +22,17 @@ from pydantic import (
     model_validator,
 )
 
+from limbeck.runtime.chat import OURS
 from limbeck.runtime.sampling import Sampling
 from limbeck.runtime.text import well_formed
+from serve_bench.serve.text.neutral import OFF, is_nothing, text_part, without_empty
 
 STOPS = 16  # stop strings of one request
 _STOP_LENGTH = 256  # characters
 _STOP_IDS = 1024  # of one request; each one costs time at every token
 _CHOICES = 64  # of one request
 _TOOLS = 128  # of one request
+_UNSUPPORTED = "this server does not support it; leave it out"
 
 
 def _only(*values: Any) -> Any:
@@ -64,11 +67,12 @@ class _Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, given: Any) -> Any:
-        """Unknown fields that are null change nothing."""
+    def _nothing_is_absent(cls, given: Any) -> Any:
+        """Unknown fields that are null or empty, or samplers that are off, change nothing."""
         if not isinstance(given, dict):
             return given
-        return {k: v for k, v in given.items() if v is not None or k in cls.model_fields}
+        known = cls.model_fields.keys() | {field.alias for field in cls.model_fields.values()}
+        return {k: v for k, v in given.items() if k in known or not is_nothing(k, v)}
 
     @field_validator("*")
     @classmethod
@@ -80,7 +84,7 @@ class _Body(BaseModel):
         if any(type(found) is type(value) and found == value for value in values):
             return None
         instead = " or give " + " or ".join(map(repr, values[1:])) if values[1:] else ""
-        raise ValueError(f"this server does not support it; leave it out{instead}")
+        raise ValueError(f"{_UNSUPPORTED}{instead}")
 
 
 class StreamOptions(_Body):
@@ -105,11 +109,16 @@ class ResponseFormat(_Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    rules: dict[str, Any] | None = Field(
+        default=None, alias="schema", description="llama.cpp's, of json_object."
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema is given with type json_schema, and only then")
+        if self.rules is not None and self.type != "json_object":
+            raise ValueError("schema is given with type json_object, and only then")
         return self
 
     @property
@@ -117,7 +126,7 @@ class ResponseFormat(_Body):
         """The JSON schema of the answer, or None for text."""
         if self.json_schema is not None:
             return self.json_schema.rules
-        return {"type": "object"} if self.type == "json_object" else None
+        return (self.rules or {"type": "object"}) if self.type == "json_object" else None
 
 
 class Common(_Body):
@@ -152,35 +161,22 @@ class Common(_Body):
     request_id: Str | None = _unused()
     safety_identifier: Str | None = _unused()
     prompt_cache_key: Str | None = _unused()
-    metadata: dict[Str, Str] | None = _unused()
-    priority: Any = _only(0)
-    service_tier: Any = _only("auto", "default")
+    metadata: dict[Str, Any] | None = _unused()
+    store: bool | None = _unused()
+    priority: Int | None = _unused("One queue serves all requests.")
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = _unused()
     logit_bias: Any = _only({})
-    use_beam_search: Any = _only(False)
-    length_penalty: Any = _only(1, 1.0)
-    allowed_token_ids: Any = _only([])
-    bad_words: Any = _only([])
-    include_stop_str_in_output: Any = _only(False)
-    skip_special_tokens: Any = _only(True)
-    spaces_between_special_tokens: Any = _only(True)
-    return_token_ids: Any = _only(False)
-    detokenize: Any = _only(True)
-    best_of: Any = _only(1)
-    # Of llama.cpp, Ollama and OpenRouter, whose clients send them to any server.
-    cache_prompt: Any = _unused()
-    keep_alive: Any = _unused()
-    prompt_cache_retention: Any = _unused()
-    timings_per_token: Any = _only(False)
-    typical_p: Any = _only(1, 1.0)
-    mirostat: Any = _only(0)
-    repeat_penalty: Any = _only(1, 1.0)
-    transforms: Any = _only([])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_absent(cls, given: Any) -> Any:
+        return without_empty(given, {n for n, f in cls.model_fields.items() if f.is_required()})
 
     @field_validator("max_tokens", "max_completion_tokens", mode="before", check_fields=False)
     @classmethod
     def _no_limit(cls, given: Any) -> Any:
         """-1 is llama.cpp's and LM Studio's word for no limit."""
-        return None if type(given) is int and given == -1 else given
+        return None if type(given) in (int, float) and given == -1 else given
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -262,14 +258,6 @@ class TextPart(_Body):
     cache_control: dict[str, Any] | None = _unused()
 
 
-def _text_part(given: Any, number: int) -> Any:
-    part = {"text": given} if isinstance(given, str) else given
-    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    if kind not in ("text", "input_text", "output_text"):
-        raise ValueError(f"part {number} is of type {kind}; this server takes 'text' alone")
-    return part | {"type": "text"}
-
-
 class CalledFunction(_Body):
     """The function of a tool call, its arguments as JSON text."""
 
@@ -333,7 +321,7 @@ class Message(_Body):
     @classmethod
     def _parts(cls, given: Any) -> Any:
         """Parts in OpenAI's form, of those of the Responses interface and of bare texts."""
-        return [_text_part(p, n) for n, p in enumerate(given)] if type(given) is list else given
+        return [text_part(p, n) for n, p in enumerate(given)] if type(given) is list else given
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -410,16 +398,32 @@ class ChatBody(Common):
     function_call: Any = _only("none", "auto")
     modalities: Any = _only(["text"])
     prediction: Any = _unused("A guess of the answer, which makes some servers quicker.")
-    reasoning_effort: Any = _only("none")
+    web_search_options: Any = _only()
+    reasoning_effort: Str | None = Field(default=None, description="Given to the chat template.")
     include_reasoning: Any = _only(True)
     verbosity: Any = _only("medium")
-    store: Any = _only(False)
-    echo: Any = _only(False)
-    documents: Any = _only([])
-    chat_template_kwargs: Any = _only({})
+    documents: list[dict[str, Any]] | None = Field(
+        default=None, description="Given to the chat template."
+    )
+    chat_template_kwargs: dict[Str, Any] | None = Field(
+        default=None, description="Variables of the chat template, such as enable_thinking."
+    )
     add_generation_prompt: Any = _only(True)
     continue_final_message: Any = _only(False)
     add_special_tokens: Any = _only(False)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_its_own(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given and (clash := OURS & given.keys()):
+            raise ValueError(f"{min(clash)} is no variable of the template's own")
+        return given
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        named = {"reasoning_effort": self.reasoning_effort, "documents": self.documents}
+        return {n: v for n, v in named.items() if v is not None} | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
     def _names_a_tool(self) -> ChatBody:
@@ -468,7 +472,11 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
         )
     field = place[0]
     if error["type"] == "extra_forbidden":
-        return f"{'.'.join(place)}: this server does not know this field; leave it out.", field
+        problem = "this server does not know this field; leave it out"
+        if (name := place[-1]) in OFF:
+            given = error["input"]
+            problem = f"found {given!r}; {_UNSUPPORTED} or give {OFF[name]!r}"
+        return f"{'.'.join(place)}: {problem}.", field
     if error["type"] == "missing":
         return f"{'.'.join(place)}: this field is required.", field
     found = repr(error.get("input"))
@@ -483,5 +491,8 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
 
 def _place(error: Any) -> list[str]:
     """Fields and numbers that lead to an error, without the names of our types between them."""
-    named = [str(part) for part in error["loc"] if part not in ("body", "str", "int")]
-    return [part for part in named if re.fullmatch("[a-z_]+|[0-9]+", part)]
+    parts = [str(part) for part in error["loc"]]
+    own = parts[-1:] if error["type"] == "extra_forbidden" else []  # a name of the client's
+    ours = parts[: len(parts) - len(own)]
+    named = [part for part in ours if part not in ("body", "str", "int")]
+    return [part for part in named if re.fullmatch("[a-z_]+|[0-9]+", part)] + own

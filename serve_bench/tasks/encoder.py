@@ -15,10 +15,10 @@ from limbeck.contract.data.arrays import Logits
 from limbeck.contract.data.examples import EXAMPLES, load_examples
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import EncoderRecipe
-from limbeck.contract.results.bench import Arm, EncoderResult, Gate, Interval, Verdict
+from limbeck.contract.results.bench import Arm, EncoderResult, Gate, Verdict
 from serve_bench.judge import encoder as figures
 from serve_bench.judge.certificate import FP32
-from serve_bench.judge.changes import Row, judge_change
+from serve_bench.judge.changes import Row, exact_row
 from serve_bench.judge.encoder import Evidence, Quality
 from serve_bench.judge.figures import Cell, Reference, Sample
 from serve_bench.judge.stats import first_look
@@ -76,9 +76,7 @@ class Encoder:
     def before_timing(
         self, workers: Workers, arms: Sequence[Arm], reference: Reference, out: Path, work: Path
     ) -> None:
-        """Answers on the held-out examples: the gate on speed is against the better teacher, so
-        quality comes first.
-        """
+        """Answer the held-out examples: the speed gate needs to know the better teacher."""
         answers, scored = {}, [arm for arm in arms if arm.scored]
         with task("held-out examples", len(scored)) as progress:
             for arm in scored:
@@ -125,8 +123,7 @@ class Encoder:
         looks, random = first_look(self.min_blocks), self.recipe.stand_in
         return Reference(self.recipe.name, shipped, tuple(arms), looks, judged, random)
 
-    def read_sample(self, row: Mapping[str, Any]) -> Sample:
-        return Sample.of_batch(row)
+    read_sample = staticmethod(Sample.of_batch)
 
     def read_quality(self, bench: Artifact, reference: Reference) -> Quality:
         answers, groups = load_file(bench.path / ANSWERS), load_examples(bench.path / EXAMPLES)
@@ -197,9 +194,7 @@ class Encoder:
                 yield Row(title, "quality", before, after, None, tolerance, "not compared")
                 continue
             loss = 1 - now[name] / then[name] if then[name] else 0.0
-            change = Interval(loss, loss, loss, 1)
-            status = judge_change(change, tolerance, exact=True)
-            yield Row(title, "quality", before, after, change, tolerance, status)
+            yield exact_row(title, "quality", before, after, loss, tolerance)
 
     def scenarios(
         self, old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
@@ -216,8 +211,7 @@ class Encoder:
 
     names = ""
 
-    def table(self, data: Mapping[str, Any]) -> list[list[str]]:
-        return encoder_page.table(data)
+    table = staticmethod(encoder_page.table)
 
     def page(
         self,

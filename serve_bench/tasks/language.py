@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ from limbeck.contract.machine import available_cores
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import Bench, Gates, Recipe
 from limbeck.contract.results.bench import Arm, Gate, LanguageResult, TaskName, Verdict
+from limbeck.runtime.text import load_text
 from serve_bench.judge import language as figures
 from serve_bench.judge import scenarios
 from serve_bench.judge.certificate import FP32
@@ -32,6 +33,7 @@ from serve_bench.measure import generation
 from serve_bench.measure.arms import list_arms, require_context
 from serve_bench.measure.host.roofline import graph_weight_bytes
 from serve_bench.measure.live import Test
+from serve_bench.measure.own_tokens import OwnTokens
 from serve_bench.measure.quality import measure_evaluations, measure_quality
 from serve_bench.measure.scenarios import cold, load, offline
 from serve_bench.measure.units import Generation, prompt
@@ -67,9 +69,7 @@ class Language:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe; a bench of targets has none and is never measured or certified through this
-        class.
-        """
+        """The recipe. A bench of targets has none, and is measured elsewhere."""
         assert self._recipe is not None
         return self._recipe
 
@@ -89,8 +89,7 @@ class Language:
         self._heldout = load_heldout(student.path / HELDOUT)
         evals = student.path / EVALS  # students of older versions have none
         self._evals = load_heldout(evals) if evals.is_file() else {}
-        known = self._of_other_tokenizers
-        asked = any(arm.role == "teacher" and arm.id not in known for arm in self._arms)
+        asked = any(arm.role == "teacher" for arm in self._arms)
         require_evaluations(self.gates_asked, self._evals, student, teachers=asked)
         return self._arms
 
@@ -127,7 +126,9 @@ class Language:
             offline.measure_offline(workers, self._compared, self.prompts, grid, raw)
         workers.stop(arm for arm in workers.running if not arm.scored)
         known = self._of_other_tokenizers
-        workers.stop(arm for arm in workers.running if arm.id in known)
+        others = [arm for arm in workers.running if arm.id in known]
+        self._ask_others(workers, others, {sample.block for sample in samples})
+        workers.stop(others)
         sizes = [int(workers[arm].opened["facts"]["vocabulary"]) for arm in workers.running]
         self.quality = measure_quality(
             workers, self._arms, self._heldout, vocabulary=min(sizes), folder=work, known=known
@@ -135,7 +136,24 @@ class Language:
         if self._evals:
             scored = [arm for arm in self._arms if arm.scored and arm.id not in known]
             answers = measure_evaluations(workers, scored, self._evals, vocabulary=min(sizes))
+            answers["arms"] |= self._answered
             self.quality["evals"] = answers | {"base": self._student.result.get("base_evals")}
+
+    def _ask_others(self, workers: Workers, others: Sequence[Arm], blocks: Set[int]) -> None:
+        """What teachers with another tokenizer write after the prompts that the report shows, and
+        what they answer in the short evaluations."""
+        tokenizer, size = load_text(self._onnx.path).tokenizer, self.bench.prompt_tokens
+        self._written: dict[int, dict[str, str]] = {
+            b: {} for b in sorted(blocks)[: generation.SHOWN]
+        }
+        self._answered: dict[str, Any] = {}
+        for arm in others:
+            own = OwnTokens(arm, workers[arm], lambda ids: str(tokenizer.decode(ids)))
+            for block, texts in self._written.items():
+                text = own.written(self.prompts(block, size), self.bench.new_tokens)
+                texts |= {} if text is None else {arm.id: text}
+            answers = own.answers(self._evals)
+            self._answered |= {} if answers is None else {arm.id: answers}
 
     @property
     def _of_other_tokenizers(self) -> dict[str, Mapping[str, list[float]]]:
@@ -183,11 +201,12 @@ class Language:
         tokens, new = self.bench.prompt_tokens, self.bench.new_tokens
         self.quality["generation"] = generation.of_run(
             rows,
-            # What others write cannot be read with the student's tokenizer.
+            # What others wrote while they were timed is no text.
             self.reference(self._shipped, [arm for arm in self._arms if arm.id not in others]),
             prompt=lambda block: self.prompts(block, tokens),
             continuation=lambda block: prompt(self._heldout, block, tokens, then=new),
             folder=self._onnx.path,
+            others=self._written,
         )
         shutil.copyfile(self._student.path / HELDOUT, out / HELDOUT)
         (out / QUALITY).write_text(json.dumps(self.quality), encoding="utf-8")
@@ -231,8 +250,7 @@ class Language:
         random = self._recipe is not None and self._recipe.stand_in
         return Reference(name, shipped, tuple(arms), looks, judged, random)
 
-    def read_sample(self, row: Mapping[str, Any]) -> Sample:
-        return Sample.of(row)
+    read_sample = staticmethod(Sample.of)
 
     def read_quality(self, bench: Artifact, reference: Reference) -> dict[str, Any] | None:
         path = bench.path / QUALITY
@@ -326,10 +344,7 @@ class Language:
             status = judge_change(change, tolerance, exact=True)
             yield Row(title, "quality", before, after, change, tolerance, status)
 
-    def scenarios(
-        self, old: Measured, new: Measured, tolerance: float, anchors: Sequence[str]
-    ) -> tuple[list[Row], list[str]]:
-        return scenario_changes(old, new, tolerance, anchors)
+    scenarios = staticmethod(scenario_changes)
 
     # Telling --------------------------------------------------------------------------------------
 
@@ -339,8 +354,7 @@ class Language:
 
     names = language_page.NAMES
 
-    def table(self, data: Mapping[str, Any]) -> list[list[str]]:
-        return language_page.table(data)
+    table = staticmethod(language_page.table)
 
     def page(
         self,
@@ -402,8 +416,8 @@ def require_evaluations(
         )
     if gates.max_task_loss is not None and not (known and teachers):
         raise DataError(
-            "gates.max_task_loss: no teacher with the student's tokenizer answers the evaluations "
-            "here, or the student was trained by an older version; leave the gate out."
+            "gates.max_task_loss: no teacher answers the evaluations here, or the student was "
+            "trained by an older version; leave the gate out."
         )
     based = student.result.get("base_evals") is not None
     if gates.max_forgetting is not None and not (based and {*rows} & {*TEXTS}):

@@ -8,10 +8,10 @@ tokens, and no tokenizer is needed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from serve_bench.judge.figures import ENVIRONMENT, SAMPLES, Reference, Sample
 from serve_bench.judge.stats import first_look
 from serve_bench.measure.arms import form_arm, weights_on_disk
 from serve_bench.measure.bench import before, scratch, single
-from serve_bench.measure.clock import Limits
+from serve_bench.measure.clock import Limits, Timed
 from serve_bench.measure.host import machine
 from serve_bench.measure.host.roofline import graph_weight_bytes
 from serve_bench.measure.live import live_table
@@ -53,75 +53,26 @@ def measure_targets(
     `ArtifactError` if ``out`` holds something else, `DataError` if arms cannot be compared.
     """
     _require_free(out)
-    bench = _at(bench, targets[0])
-    arms = [find_arm(target, bench) for target in (*targets, *against)]
-    arms = _named(arms)
-    twin = replace(arms[0], id=f"{arms[0].id}:twin", label=f"{arms[0].label} (copy)", role="twin")
-    arms.append(twin)
-    for arm in arms:
-        if (model := _folder(arm)) is not None:
-            bench.require_context(context_of(model), arm.label)
-    vocabulary = min((v for arm in arms if (v := _vocabulary(arm)) is not None), default=_FEW)
-    artifacts = {
-        arm.id: open_artifact(Path(arm.spec["artifact"]), kind="onnx")
-        for arm in arms
-        if "artifact" in arm.spec
-    }
-    parents = {name: artifact.digest for name, artifact in artifacts.items() if name != twin.id}
+    plan = _plan(targets, against, bench)
+    bench, arms, artifacts = plan.bench, plan.arms, plan.artifacts
+    parents = {name: a.digest for name, a in artifacts.items() if name != arms[-1].id}
     asked = {
         "targets": list(targets),
         "against": list(against),
         "bench": bench.model_dump(mode="json"),
     }
     key = fingerprint({"stage": "bench", "asked": asked, "parents": parents, "host": host()})
-    if (server := bench.scenario("server")) is not None:
-        load.require_server(server, artifacts[arms[0].id].path if arms[0].id in artifacts else None)
-    threads = bench.threads or available_cores()
+    first = arms[0]
     reference = Reference(
-        arms[0].label, arms[0].label, tuple(arms), first_look(bench.min_blocks), arms[0].id
+        first.label, first.label, tuple(arms), first_look(bench.min_blocks), first.id
     )
-
-    def prompts(block: int, tokens: int) -> list[int]:
-        return [
-            int(token)
-            for token in np.random.default_rng((3, block)).integers(0, vocabulary, tokens)
-        ]
-
-    def units(block: int) -> list[Generation]:
-        return [Generation(prompts(block, bench.prompt_tokens), bench.new_tokens)]
-
     with (
         unwritable_is_a_user_error(out),
         scratch(out) as work,
         write_artifact(out, kind="bench", key=key, parents=parents) as draft,
     ):
         with (draft.folder / SAMPLES).open("w", encoding="utf-8") as raw:
-            local = [arm for arm in arms if arm.runtime != "openai" and arm.role != "twin"]
-            with Workers(work, threads=threads) as workers:
-                environment = before(workers, arms, units(0), threads=threads)
-                timed = single(
-                    workers,
-                    arms,
-                    units,
-                    Limits(bench.min_blocks, bench.minutes, reference.first_look),
-                    raw,
-                    environment,
-                    asked={"prompt_tokens": bench.prompt_tokens, "new_tokens": bench.new_tokens},
-                    read=Sample.of,
-                    decided=None,
-                    live=live_table(reference, "tokens/s", tests(bench), threads=threads),
-                )
-                if (grid := bench.scenario("offline")) is not None:
-                    offline.measure_offline(workers, local, prompts, grid, raw)
-                environment["after"] = machine.load()
-            exported = artifacts.get(arms[0].id)
-            folder = exported.path if exported else None
-            elsewhere(bench, local, folder, prompts, raw, environment, work)
-        for name, artifact in artifacts.items():
-            form = next(arm for arm in arms if arm.id == name).spec["form"]
-            graph = artifact.path / artifact.result["forms"][form]["graph"]
-            environment["arms"][name]["weight_bytes"] = graph_weight_bytes(graph)
-        environment["prompt_source"] = f"random tokens below {vocabulary}, others in every block"
+            timed, environment = _measure(plan, reference, raw, work)
         (draft.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1), encoding="utf-8")
         rows = figures.read_rows(draft.folder / SAMPLES)
         draft.result = language.result(
@@ -134,6 +85,84 @@ def measure_targets(
             **scenarios.summary(rows, environment, bench, arms),
         ).as_json()
     return open_artifact(out, kind="bench", verify=False)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    bench: Bench
+    arms: Sequence[Arm]  # the targets, then a twin of the first
+    artifacts: Mapping[str, Artifact]  # of arms that are exported folders, by arm
+    vocabulary: int  # tokens that every arm knows
+
+    @property
+    def exported(self) -> Path | None:
+        """The exported folder that is the first target, if it is one."""
+        first = self.artifacts.get(self.arms[0].id)
+        return first.path if first else None
+
+    def prompt(self, block: int, tokens: int) -> list[int]:
+        """Random tokens, others in every block."""
+        numbers = np.random.default_rng((3, block)).integers(0, self.vocabulary, tokens)
+        return [int(token) for token in numbers]
+
+    def units(self, block: int) -> list[Generation]:
+        """What every arm does in a block."""
+        return [Generation(self.prompt(block, self.bench.prompt_tokens), self.bench.new_tokens)]
+
+
+def _plan(targets: Sequence[str], against: Sequence[str], bench: Bench) -> _Plan:
+    """Find the arms. Raises as `measure_targets` does."""
+    bench = _at(bench, targets[0])
+    arms = _named([find_arm(target, bench) for target in (*targets, *against)])
+    for arm in arms:
+        if (model := _folder(arm)) is not None:
+            bench.require_context(context_of(model), arm.label)
+    vocabulary = min((v for arm in arms if (v := _vocabulary(arm)) is not None), default=_FEW)
+    artifacts = {
+        arm.id: open_artifact(Path(arm.spec["artifact"]), kind="onnx")
+        for arm in arms
+        if "artifact" in arm.spec
+    }
+    first = arms[0]
+    twin = replace(first, id=f"{first.id}:twin", label=f"{first.label} (copy)", role="twin")
+    if first.id in artifacts:
+        artifacts[twin.id] = artifacts[first.id]
+    plan = _Plan(bench, [*arms, twin], artifacts, vocabulary)
+    if (server := bench.scenario("server")) is not None:
+        load.require_server(server, plan.exported)
+    return plan
+
+
+def _measure(
+    plan: _Plan, reference: Reference, raw: IO[str], work: Path
+) -> tuple[Timed, dict[str, Any]]:
+    """Time the arms and the scenarios; returns the samples and what they were taken in."""
+    bench, threads = plan.bench, plan.bench.threads or available_cores()
+    local = [arm for arm in plan.arms if arm.runtime != "openai" and arm.role != "twin"]
+    with Workers(work, threads=threads) as workers:
+        environment = before(workers, plan.arms, plan.units(0), threads=threads)
+        timed = single(
+            workers,
+            plan.arms,
+            plan.units,
+            Limits(bench.min_blocks, bench.minutes, reference.first_look),
+            raw,
+            environment,
+            asked={"prompt_tokens": bench.prompt_tokens, "new_tokens": bench.new_tokens},
+            read=Sample.of,
+            decided=None,
+            live=live_table(reference, "tokens/s", tests(bench), threads=threads),
+        )
+        if (grid := bench.scenario("offline")) is not None:
+            offline.measure_offline(workers, local, plan.prompt, grid, raw)
+        environment["after"] = machine.load()
+    elsewhere(bench, local, plan.exported, plan.prompt, raw, environment, work)
+    for arm in plan.arms:
+        if (artifact := plan.artifacts.get(arm.id)) is not None:
+            graph = artifact.path / artifact.result["forms"][arm.spec["form"]]["graph"]
+            environment["arms"][arm.id]["weight_bytes"] = graph_weight_bytes(graph)
+    environment["prompt_source"] = f"random tokens below {plan.vocabulary}, others in every block"
+    return timed, environment
 
 
 def find_arm(target: str, bench: Bench) -> Arm:
@@ -205,8 +234,7 @@ def _vocabulary(arm: Arm) -> int | None:
 
 def _at(bench: Bench, target: str) -> Bench:
     """The bench whose server scenario asks ``target``: a URL itself, an exported folder behind a
-    server of ours. Raises `EnvironmentalError` for what is no address.
-    """
+    server of ours. Raises `EnvironmentalError` for what is no address."""
     if not target.startswith(("http://", "https://")):
         return bench
     require_address(target)
@@ -219,9 +247,7 @@ def _at(bench: Bench, target: str) -> Bench:
 
 
 def _require_free(out: Path) -> None:
-    """Raise `ArtifactError` for a folder that holds something else than an earlier bench of
-    targets.
-    """
+    """Raise `ArtifactError` unless ``out`` is empty or an earlier bench of targets."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if (out / MANIFEST).is_file():

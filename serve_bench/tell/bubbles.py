@@ -22,7 +22,9 @@ from serve_bench.tell.drawing import (
     new_figure,
     svg,
     ticks,
+    write,
 )
+from serve_bench.tell.numbers import short
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,7 @@ class Label:
 
     @property
     def needs_line(self) -> bool:
-        """Whether a line joins it to its bubble: it is far, or (where bubbles overlap) another one
-        is nearer.
-        """
+        """Whether a line joins it to its bubble: it is far, or another bubble is nearer."""
         own = self.distances[self.own]
         return own > 10 or own > min(self.distances)
 
@@ -149,8 +149,7 @@ def _label_bubbles(
     figure: Figure, axes: Any, bubbles: Sequence[Bubble], line: Sequence[tuple[float, float]]
 ) -> list[Label]:
     """Put each label near its bubble: nearer to it than to any other, and clear of labels, bubbles,
-    edges, the ``line`` and the texts on ``axes``.
-    """
+    edges, the ``line`` and the texts on ``axes``."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.canvas.draw()
     frame, largest = axes.get_window_extent(renderer), max(b.megabytes for b in bubbles)
@@ -167,16 +166,14 @@ def _label_bubbles(
             taken.append((x - 2, y - 2, x + 2, y + 2))
     placed = []
     for index, bubble in enumerate(bubbles):
-        text = axes.annotate(
-            f"{bubble.label}, {bubble.megabytes:.3g} MB",
+        text = write(
+            axes,
+            f"{bubble.label}, {short(bubble.megabytes)} MB",
             (bubble.speed, bubble.loss),
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=9.5,
+            right=0,
             fontweight="bold" if bubble.shipped else "normal",
             color=INK,
             ha="center",
-            va="center",
         )
         extent = text.get_window_extent(renderer)
         size = (extent.width + 6, extent.height)  # room to the next label

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from serve_bench.tell.drawing import (
+    EDGE,
     INK,
     MARKS,
     MUTED,
@@ -29,14 +30,15 @@ from serve_bench.tell.drawing import (
     svg,
     thousands,
     ticks,
+    write,
 )
+from serve_bench.tell.numbers import short
 
 
 @dataclass(frozen=True)
 class Values:
     """Values of an arm, and the median that its stroke shows: the one among the report's figures,
-    which may be over blocks.
-    """
+    which may be over blocks."""
 
     label: str
     role: str
@@ -83,9 +85,7 @@ def lines(
 
 
 def ridges(rows: Sequence[Values], *, title: str, x: str) -> str:
-    """One hill an arm: how often each value came, all hills of one height; a stroke at the
-    median.
-    """
+    """A hill an arm: how often each value came, all of one height; a stroke at the median."""
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(235, 26 * len(rows))
         every = np.log(np.concatenate([np.asarray(row.values, np.float64) for row in rows]))
@@ -114,9 +114,7 @@ def ridges(rows: Sequence[Values], *, title: str, x: str) -> str:
 def stacks(
     rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *, title: str, x: str
 ) -> str:
-    """One bar a (label, spans), its spans one after the other; the spans are named above the first
-    bar.
-    """
+    """A bar a (label, spans) of spans in a row, which are named above the first bar."""
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(250, 26 * len(rows) + 16)
         whole = max(sum(spans) for _, spans in rows)
@@ -133,15 +131,7 @@ def stacks(
                 )
                 left += span
             row_label(axes, label, place)
-            axes.annotate(
-                f"{left:.3g}",
-                (left, place),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9.5,
-                color=MUTED,
-            )
+            write(axes, short(left), (left, place), right=5, color=MUTED)
         axes.set_xlim(0, 1.12 * whole)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         finish_rows(axes, x, logarithmic=False)
@@ -174,8 +164,7 @@ def ranges(
     diagonal: str | None = None,
 ) -> str:
     """Lines of (x, value, low, high) with a bar from low to high, logarithmic in x; ``diagonal``
-    names the line y = x.
-    """
+    names the line y = x."""
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(250, 165)
         ends: list[tuple[float, str, str]] = []
@@ -201,7 +190,7 @@ def ranges(
             FixedLocator(xs_all if len(xs_all) <= 7 else ticks(*axes.get_xlim()))
         )
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         finish_axes(axes, x, y)
         _name_ends(axes, ends)
@@ -215,17 +204,7 @@ def _name_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
         [value for value, _, _ in ends], gap=0.062 * (top - bottom), low=bottom, high=top
     )
     for (_, name, colour), place in zip(ends, places, strict=True):
-        axes.annotate(
-            name,
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(7, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            fontsize=9.5,
-            annotation_clip=False,
-        )
+        write(axes, name, (1, place), right=7, color=colour, **EDGE)
 
 
 def strip(rows: Sequence[Values], *, title: str, x: str) -> str:

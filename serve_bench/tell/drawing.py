@@ -65,18 +65,25 @@ def finish_axes(axes: Any, x: str, y: str) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def row_label(axes: Any, label: str, place: float) -> None:
-    axes.annotate(
-        label,
-        (0, place),
-        xycoords=("axes fraction", "data"),
-        xytext=(-8, 0),
+def write(axes: Any, text: str, place: tuple[float, float], *, right: int, **more: Any) -> Any:
+    """Write ``text`` beside a place, ``right`` points to the right of it."""
+    return axes.annotate(
+        text,
+        place,
+        xytext=(right, 0),
         textcoords="offset points",
-        ha="right",
         va="center",
         fontsize=9.5,
-        annotation_clip=False,
+        **more,
     )
+
+
+# A place at an edge of the axes, and a height in them; what is written there lies outside.
+EDGE: Any = {"xycoords": ("axes fraction", "data"), "annotation_clip": False}
+
+
+def row_label(axes: Any, label: str, place: float) -> None:
+    write(axes, label, (0, place), right=-8, ha="right", **EDGE)
 
 
 def finish_rows(axes: Any, x: str, *, logarithmic: bool = True) -> None:
@@ -113,9 +120,7 @@ def thousands(value: float, _: object) -> str:
 
 
 def spread(values: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
-    """Places near ``values``, at least ``gap`` apart and, where there is room, within the
-    bounds.
-    """
+    """Places near ``values``, at least ``gap`` apart, within the bounds where there is room."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     places = [values[i] for i in order]
     for _ in range(100):
@@ -142,9 +147,7 @@ def spread(values: Sequence[float], *, gap: float, low: float, high: float) -> l
 
 
 def svg(figure: Figure, title: str, *, scale: float = SCALE) -> str:
-    """The figure as inline SVG: an accessible name, page colours and fonts, ids of its own, nothing
-    from outside.
-    """
+    """The figure as inline SVG with an accessible name, page colours and ids of its own."""
     buffer = io.StringIO()
     figure.savefig(
         buffer,

@@ -79,10 +79,7 @@ def page(
                 for teacher in recipe.teachers
             ],
             "checks": [],
-            "rows": [
-                dict(zip(("arm", "what", "unit", "value", "low", "high", "n"), row, strict=True))
-                for row in _rows(data)
-            ],
+            "rows": sections.named_rows(_rows(data)),
         },
     )
 
@@ -92,24 +89,14 @@ def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
     shipped, metric = data["arms"][data["judged"]], str(data["metric"])
     running = threads(data["environment"])
     cell = shipped["grid"][-1]
-    speed = {
-        "value": significant(cell["sequences_s"]["value"]),
-        "unit": "sequences/s",
-        "label": f"batches of {cell['batch']} × {cell['length']} tokens, {running}",
-        "note": "",
-    }
-    size = {
-        "value": significant(shipped["bytes"] / 1e6),
-        "unit": "MB",
-        "label": "on disk, graph and weights",
-        "note": "",
-    }
-    quality = {
-        "value": f"{shipped['metrics'][metric]:.4f}",
-        "unit": metric.replace("_", " "),
-        "label": "on held-out examples",
-        "note": "",
-    }
+    speed = sections.number(
+        significant(cell["sequences_s"]["value"]),
+        "sequences/s",
+        f"batches of {cell['batch']} × {cell['length']} tokens, {running}",
+    )
+    size, memory = sections.size_and_memory(shipped)
+    value, unit = f"{shipped['metrics'][metric]:.4f}", metric.replace("_", " ")
+    quality = sections.number(value, unit, "on held-out examples")
     if (best := data["best_teacher"]) is not None:
         teacher = data["arms"][best]
         over = data["speed_of_shipped_over"][best]["throughput"]
@@ -119,12 +106,6 @@ def _headline(data: Mapping[str, Any]) -> list[dict[str, str]]:
             f"{significant(teacher['bytes'] / shipped['bytes'])}× smaller than that teacher"
         )
         quality["note"] = f"a loss of {show(loss, '%')} against the better teacher"
-    memory = {
-        "value": significant(shipped["peak_rss_bytes"] / 1e6),
-        "unit": "MB",
-        "label": "peak memory of the process",
-        "note": f"ready {significant(shipped['load_s'])} s after opening",
-    }
     return [speed, size, quality, memory]
 
 
@@ -134,22 +115,16 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         label = arm["label"]
         for cell in arm["grid"]:
             found, where = cell["sequences_s"], f"batch {cell['batch']} × {cell['length']}"
-            yield (label, f"throughput, {where}", "sequences/s", *_estimate(found))
+            yield (label, f"throughput, {where}", "sequences/s", *sections.estimate(found))
         for metric, value in (arm["metrics"] or {}).items():
             yield label, metric.replace("_", " "), "", value, None, None, None
         for what, value in (("size on disk", arm["bytes"]), ("peak memory", arm["peak_rss_bytes"])):
-            if value is not None:
-                yield label, what, "MB", value / 1e6, None, None, 1
+            yield label, what, "MB", None if value is None else value / 1e6, None, None, 1
         for what, key in (("load", "load_s"), ("import of libraries", "import_s")):
-            if arm[key] is not None:
-                yield label, what, "s", arm[key], None, None, 1
+            yield label, what, "s", arm[key], None, None, 1
         if over := data["speed_of_shipped_over"].get(name):
             what = f"throughput of {data['shipped']} over it"
-            yield (label, what, "×", *_estimate(over["throughput"]))
-
-
-def _estimate(found: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
-    return found["value"], found["low"], found["high"], found["n"]
+            yield (label, what, "×", *sections.estimate(over["throughput"]))
 
 
 def _trade(data: Mapping[str, Any]) -> str:

@@ -1,6 +1,4 @@
-"""The page of a language model's report: its numbers, pictures and tables, from report.json and the
-samples.
-"""
+"""The page of a language model's report, from report.json and the samples."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from typing import Any
 from limbeck.contract.artifact import Artifact
 from limbeck.contract.data.evals import TITLES
 from limbeck.contract.recipe import Recipe
+from serve_bench.judge.figures import Sample
 from serve_bench.judge.gates import Evidence, best_teacher, show
 from serve_bench.judge.task import Judged
 from serve_bench.tell import charts, sections
@@ -155,49 +154,29 @@ def _headline(data: Mapping[str, Any], evidence: Evidence) -> list[dict[str, str
     """Four numbers for a reader in a hurry."""
     shipped = data["arms"][f"onnx:{data['shipped']}"]
     teachers = {name: arm for name, arm in data["arms"].items() if arm["role"] == "teacher"}
-    items = [
-        {
-            "value": significant(shipped["decode_tokens_s"]["value"]),
-            "unit": "tokens/s",
-            "label": f"decode speed on {threads(data['environment'])}",
-            "note": "",
-        },
-        {
-            "value": significant(shipped["bytes"] / 1e6),
-            "unit": "MB",
-            "label": "on disk, graph and weights",
-            "note": "",
-        },
-        {
-            "value": f"{shipped['quality']['mean_nll']:.3f}",
-            "unit": "nats",
-            "label": "held-out loss a token",
-            "note": "",
-        },
-    ]
+    speed = sections.number(
+        significant(shipped["decode_tokens_s"]["value"]),
+        "tokens/s",
+        f"decode speed on {threads(data['environment'])}",
+    )
+    first = f", first token after {significant(shipped['ttft_ms']['value'])} ms"
+    size, memory = sections.size_and_memory(shipped, first)
+    nll = f"{shipped['quality']['mean_nll']:.3f}"
+    loss = sections.number(nll, "nats", "held-out loss a token")
     if teachers:
         fastest = min(
             teachers, key=lambda name: data["speed_of_shipped_over"][name]["tpot"]["value"]
         )
         over = data["speed_of_shipped_over"][fastest]["tpot"]
-        items[0]["note"] = f"{interval(over)}× the fastest teacher, {teachers[fastest]['label']}"
-        items[1]["note"] = (
+        speed["note"] = f"{interval(over)}× the fastest teacher, {teachers[fastest]['label']}"
+        size["note"] = (
             f"{significant(teachers[fastest]['bytes'] / shipped['bytes'])}× smaller than that "
             "teacher"
         )
     if (best := best_teacher(evidence)) is not None:  # it may be behind a server, and no arm
         percent = show(evidence.rise_over_teachers[best][1].value, "%")
-        items[2]["note"] = f"{percent} against the best teacher, {best}"
-    memory = {
-        "value": significant(shipped["peak_rss_bytes"] / 1e6),
-        "unit": "MB",
-        "label": "peak memory of the process",
-    }
-    memory["note"] = (
-        f"ready {significant(shipped['load_s'])} s after opening, first token after "
-        f"{significant(shipped['ttft_ms']['value'])} ms"
-    )
-    return [*items, memory]
+        loss["note"] = f"{percent} against the best teacher, {best}"
+    return [speed, size, loss, memory]
 
 
 def _teachers(recipe: Recipe, student: Artifact) -> list[dict[str, Any]]:
@@ -290,28 +269,13 @@ def _pictures(
         )
         for name, arm in arms.items()
     ]
-
-    def dots(metric: str) -> list[charts.Values]:
-        """One dot a generation, and the median of the table, which is over blocks."""
-        return [
-            charts.Values(
-                arm["label"],
-                arm["role"],
-                [1e3 * float(getattr(s, metric)) for s in samples if s.arm == name],
-                arm[f"{metric}_ms"]["value"],
-            )
-            for name, arm in arms.items()
-        ]
-
-    pictures: dict[str, Any] = {
+    pictures = {
         "gaps": charts.ridges(
             hills,
             title="Distribution of the gaps between tokens, by arm",
             x="ms between tokens (logarithmic)",
         ),
-        "firsts": charts.strip(
-            dots("ttft"), title="TTFT of every generation, by arm", x="TTFT, ms (logarithmic)"
-        ),
+        "firsts": _strip(data, samples, "ttft"),
         "offline": sections.offline(data),
         "server": sections.server(data),
         "cold": sections.cold(data),
@@ -321,13 +285,15 @@ def _pictures(
             x="decode speed, tokens a second",
             y="held-out loss, nats a token",
         ),
-        "strip": charts.strip(
-            dots("tpot"), title="TPOT of every generation, by arm", x="TPOT, ms (logarithmic)"
-        ),
-        "terms": None,
-        "heldout": None,
-        "weights": {},
+        "strip": _strip(data, samples, "tpot"),
     }
+    losses = [nll for nll, _ in judged.evidence.rise_over_teachers.values()]
+    return pictures | _training_pictures(log, min(losses, default=None))
+
+
+def _training_pictures(log: Sequence[Mapping[str, Any]], best: float | None) -> dict[str, Any]:
+    """Pictures of the training; None where the log has too few points for one."""
+    pictures: dict[str, Any] = {"terms": None, "heldout": None, "weights": {}}
     steps = [row for row in log if row["event"] == "step"]
     if len(steps) > 1:
         pictures["terms"] = _terms(steps)
@@ -335,9 +301,25 @@ def _pictures(
             pictures["weights"][domain] = _weights(steps, domain)
     evaluations = [row for row in log if row["event"] == "evaluate"]
     if len(evaluations) > 1:
-        losses = [nll for nll, _ in judged.evidence.rise_over_teachers.values()]
-        pictures["heldout"] = _heldout(evaluations, min(losses, default=None))
+        pictures["heldout"] = _heldout(evaluations, best)
     return pictures
+
+
+def _strip(data: Mapping[str, Any], samples: Sequence[Sample], metric: str) -> str:
+    """One dot a generation, and the median of the table, which is over blocks."""
+    dots = [
+        charts.Values(
+            arm["label"],
+            arm["role"],
+            [1e3 * float(getattr(s, metric)) for s in samples if s.arm == name],
+            arm[f"{metric}_ms"]["value"],
+        )
+        for name, arm in data["arms"].items()
+    ]
+    name = metric.upper()
+    return charts.strip(
+        dots, title=f"{name} of every generation, by arm", x=f"{name}, ms (logarithmic)"
+    )
 
 
 def _terms(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -8,9 +8,7 @@ from typing import Any
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number in three significant digits, without an exponent where a person would not
-    write one.
-    """
+    """A number in three significant digits, with an exponent only where a person writes one."""
     if value is None:
         return "–"
     if value == 0 or not math.isfinite(value):
@@ -24,6 +22,11 @@ def significant(value: float | None, digits: int = 3) -> str:
         else f"{value:.1e}"
     )
     return text.replace("-", "−")
+
+
+def short(value: float) -> str:
+    """A number for axes and labels: three digits, or all of them from 1000 on."""
+    return f"{value:.0f}" if round(abs(value)) >= 1000 else f"{value:.3g}"
 
 
 def interval(estimate: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the report says of text that the student wrote during its training.
+"""The report's part on text that the student wrote during its training.
 
 Knows the lines of the training log and of `samples.jsonl` (docs/artifacts.md).
 """

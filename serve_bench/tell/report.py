@@ -112,8 +112,7 @@ def markdown(
     verdict: Verdict, rows: Sequence[Sequence[str]], notes: Sequence[str] = (), *, names: str = ""
 ) -> str:
     """Verdict, gates, notes and a Markdown table of ``rows``, the first its head: two columns of
-    words, then numbers. ``names`` says below it what its short names mean.
-    """
+    words, then numbers. ``names`` says below it what its short names mean."""
     lines = [f"**{verdict.status}**: {verdict.sentence}", ""]
     lines += [f"- {gate.status}: {gate.sentence}" for gate in verdict.gates]
     lines += [f"- note: {note}" for note in notes]
@@ -174,8 +173,6 @@ def warnings(data: Mapping[str, Any]) -> list[str]:
 
 
 def _recipe_text(recipe: BaseRecipe, *artifacts: Artifact) -> str:
-    """The recipe as it was written; one that was read back from an artifact has no text of
-    its own.
-    """
+    """The recipe as it was written; a recipe read back from an artifact has no text."""
     texts = [(artifact.manifest.get("recipe") or {}).get("text") for artifact in artifacts]
     return next((text.strip() for text in (recipe.text, *texts) if text), "")

@@ -7,7 +7,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from limbeck.contract.data.evals import TITLES
@@ -24,9 +24,7 @@ COLD_PARTS = {
 
 
 def offline(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A picture for each prompt and answer length: generated tokens a second over the batch, a line
-    an arm.
-    """
+    """A picture for each prompt and answer length: tokens a second over the batch, by arm."""
     cells: dict[tuple[int, int], dict[str, list[tuple[float, float, float, float]]]] = {}
     for cell in data.get("offline") or ():
         estimate, label = cell["generated_tokens_s"], data["arms"][cell["arm"]]["label"]
@@ -85,6 +83,25 @@ def cold(data: Mapping[str, Any]) -> str | None:
     )
 
 
+def number(value: str, unit: str, label: str, note: str = "") -> dict[str, str]:
+    """One of the numbers at the top of the page."""
+    return {"value": value, "unit": unit, "label": label, "note": note}
+
+
+def size_and_memory(
+    shipped: Mapping[str, Any], ready: str = ""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The two of these numbers that every task has; ``ready`` ends the note on the start."""
+    size = number(significant(shipped["bytes"] / 1e6), "MB", "on disk, graph and weights")
+    memory = number(
+        significant(shipped["peak_rss_bytes"] / 1e6),
+        "MB",
+        "peak memory of the process",
+        f"ready {significant(shipped['load_s'])} s after opening{ready}",
+    )
+    return size, memory
+
+
 def loss_steps(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Held-out loss from the best teacher to what ships, and what each step between them did:
     distilling, rounding, recovery.
@@ -141,9 +158,14 @@ def energy(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every figure: arm, quantity, unit, value, interval, n."""
+    return named_rows(_rows(data))
+
+
+def named_rows(found: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Figures with names for their parts; those without a value are left out."""
     return [
         {"arm": arm, "what": what, "unit": unit, "value": value, "low": low, "high": high, "n": n}
-        for arm, what, unit, value, low, high, n in _rows(data)
+        for arm, what, unit, value, low, high, n in found
         if value is not None
     ]
 
@@ -161,7 +183,7 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
             ("prompt_tokens_s", "prompt speed", "tokens/s"),
         ):
             if arm.get(key):
-                yield label, what, unit, *_estimate(arm[key])
+                yield label, what, unit, *estimate(arm[key])
         for key, what in (("itl_ms", "gaps between tokens"), ("ttft_percentiles_ms", "TTFT")):
             found = arm.get(key) or {}
             for percentile in (p for p in found if p.startswith("p")):
@@ -175,10 +197,10 @@ def _rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         yield from _evaluation_rows(label, arm.get("evals"))
         for metric, what in (("tpot", "decode speed"), ("ttft", "TTFT speed")):
             if over := data["speed_of_shipped_over"].get(name, {}).get(metric):
-                yield label, f"{what} of {shipped} over it", "×", *_estimate(over)
+                yield label, f"{what} of {shipped} over it", "×", *estimate(over)
         if rise := data["nll_rise_of_shipped_over"].get(name):
             what, percent = f"rise of loss of {shipped} over it", {**rise, **_percent(rise)}
-            yield label, what, "%", *_estimate(percent)
+            yield label, what, "%", *estimate(percent)
     yield from _scenario_rows(data)
 
 
@@ -191,11 +213,11 @@ def _scenario_rows(data: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
             ("generated_tokens_s", "generated", "tokens/s"),
             ("requests_s", "requests", "requests/s"),
         ):
-            yield label, f"offline, {where}: {what}", unit, *_estimate(cell[key])
+            yield label, f"offline, {where}: {what}", unit, *estimate(cell[key])
     for found in (data.get("cold") or {}).values():
         for key in (*COLD_PARTS, "second_token_s", "total_s"):
             what = key.removesuffix("_s").replace("_", " ")
-            yield found["label"], f"cold: {what}", "s", *_estimate(found[key])
+            yield found["label"], f"cold: {what}", "s", *estimate(found[key])
     server_data = data.get("server") or {}
     for rate in server_data.get("rates") or ():
         label, at = server_data["target"]["label"], f"server at {rate['rate']:g}/s"
@@ -231,15 +253,16 @@ def _quality_rows(
 
 def _evaluation_rows(label: str, found: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
     for name, share in (found or {}).get("shares", {}).items():
-        yield label, f"right answers, {TITLES[name]}", "", *_estimate(share)
+        yield label, f"right answers, {TITLES[name]}", "", *estimate(share)
     for name, loss in (found or {}).get("losses", {}).items():
         yield label, f"loss, {TITLES[name]}", "nats", loss, None, None, None
     if rise := (found or {}).get("forgetting"):
         what = "rise of loss elsewhere over the base"
-        yield label, what, "%", *_estimate({**rise, **_percent(rise)})
+        yield label, what, "%", *estimate({**rise, **_percent(rise)})
 
 
-def _estimate(found: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+def estimate(found: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Value, bounds and count of an interval."""
     return found["value"], found["low"], found["high"], found["n"]
 
 
@@ -264,9 +287,7 @@ def promised(estimate: Mapping[str, Any], unit: str) -> str:
 def parity(
     forms: Mapping[str, Mapping[str, Any]], columns: Sequence[tuple[str, str, Callable[[Any], str]]]
 ) -> list[dict[str, Any]]:
-    """Columns of the parity table: title, and the cell of each form; a figure that a form lacks is
-    empty.
-    """
+    """Title and cells by form of the parity table; a figure that a form lacks is empty."""
     found = []
     for title, key, write in columns:
         cells = {

@@ -1,6 +1,4 @@
-"""The part of a task that the report needs: its table for a terminal, and its sections of
-the page.
-"""
+"""What the report needs of a task: its table for a terminal and its parts of the page."""
 
 from __future__ import annotations
 

@@ -72,9 +72,7 @@ class Stream:
 
 
 def streamed(endpoint: Endpoint, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
-    """A greedy request for exactly ``new_tokens`` tokens, where the server honours
-    ``ignore_eos``.
-    """
+    """A greedy request for exactly ``new_tokens`` tokens, if the server honours ``ignore_eos``."""
     return endpoint.body(list(prompt), new_tokens) | {
         "ignore_eos": True,
         "stream": True,

@@ -52,6 +52,8 @@ class Session:
                 return self.logp(**arguments)
             case "score":
                 return self.score(**arguments)
+            case "evaluate":
+                return self.evaluate(**arguments)
         raise AssertionError(f"no such command: {command}")
 
     def open(self, runtime: str, spec: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -83,6 +85,17 @@ class Session:
         teachers = np.load(mixture, mmap_mode="r") if mixture else None
         return quality.sums(mine, np.asarray(ids[1:]), teachers, np.asarray(scored, bool))
 
+    def evaluate(self, ids: list[int], scored: list[int], vocabulary: int) -> dict[str, Any]:
+        """Nats of the tokens that ``scored`` marks with 1, and how many are the first choice."""
+        assert self.runtime is not None
+        marked = np.asarray(scored, bool)
+        logits = self.runtime.score(np.asarray(ids, np.int64))[:-1, :vocabulary]
+        log_p, labels = quality.log_softmax(logits[marked]), np.asarray(ids[1:])[marked]
+        return {
+            "nll": -float(log_p[np.arange(len(labels)), labels].astype(np.float64).sum()),
+            "right": int((log_p.argmax(1) == labels).sum()),
+        }
+
     def _log_probabilities(self, ids: list[int], vocabulary: int) -> quality.LogProbabilities:
         assert self.runtime is not None
         key = (vocabulary, *ids)
@@ -96,8 +109,7 @@ class Session:
 
 def generate(runtime: Runtime, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """Greedy, exactly ``new_tokens`` tokens a row, end tokens included, with the time at which each
-    column was known.
-    """
+    column was known."""
     clock = time.perf_counter
     rows = np.array(prompts, np.int64)
     at, columns = [0.0] * new_tokens, [rows[:, 0]] * new_tokens

@@ -61,9 +61,7 @@ def serve(commands: IO[str], answers: IO[str], session: Answering) -> None:
 
 
 def main(session: Answering) -> None:
-    """Keep the real stdout for answers and point file descriptor 1 at stderr, where C libraries
-    print too.
-    """
+    """Keep the real stdout for answers; C libraries print to file descriptor 1, now stderr."""
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -22,7 +22,7 @@ import numpy as np
 from limbeck.contract.data.arrays import Ids, Logits
 from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError, ModelError
 from limbeck.contract.models.adapters import attach, merged
-from limbeck.contract.models.loading import load_pretrained
+from limbeck.contract.models.loading import load_pretrained, rounding
 
 
 class Runtime(Protocol):
@@ -36,8 +36,7 @@ class Runtime(Protocol):
 
     def begin(self, prompts: Ids, room: int) -> Ids:
         """Read ``prompts[B, S]`` into an empty cache with room for ``room`` more tokens a row; the
-        token ``[B]`` that follows each.
-        """
+        token ``[B]`` that follows each."""
 
     def step(self, tokens: Ids) -> Ids:
         """Append ``tokens[B]``, one a row; the ones that follow."""
@@ -112,6 +111,30 @@ _CACHES = ("past_key_values", "cache_params")
 _KEEPS_INSIDE = ("recurrent_gemma",)  # takes past_key_values and returns none
 
 
+def _load_torch(
+    model: str, adapter: str | None, quantize: str | None, number: Any, device: str
+) -> Any:
+    """A transformers folder on ``device`` in the torch type ``number``, with its adapter."""
+    from transformers import AutoModelForCausalLM
+
+    rounded = quantize is not None and quantize != "none"
+    options = rounding(str(quantize), number, device) if rounded else {}
+
+    def load() -> Any:
+        return load_pretrained(AutoModelForCausalLM, model, dtype=number, **options)
+
+    loaded = load()
+    if adapter is not None:
+        is_rounded = getattr(loaded, "is_quantized", False)  # also as it was stored
+        loaded = attach(loaded, Path(adapter))
+        if not is_rounded:
+            try:
+                loaded = merged(loaded, where=adapter)
+            except ModelError:  # merging has changed the weights by then
+                loaded = attach(load(), Path(adapter))
+    return loaded if options else loaded.to(device)
+
+
 class TorchEager:
     """A transformers folder in torch, not compiled: the plain loop over the model's forward pass
     and its cache.
@@ -134,7 +157,6 @@ class TorchEager:
         device: str = "cpu",
     ) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
         if device == "cuda" and not torch.cuda.is_available():
             raise EnvironmentalError(
@@ -145,32 +167,7 @@ class TorchEager:
         number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
             dtype or "fp32"
         ]
-        options: dict[str, Any] = {}
-        if quantize not in (None, "none"):
-            from transformers import BitsAndBytesConfig
-
-            options["device_map"] = {"": device}
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_8bit=quantize == "int8",
-                load_in_4bit=quantize == "nf4",
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=number,
-            )
-
-        def load() -> Any:
-            return load_pretrained(AutoModelForCausalLM, model, dtype=number, **options)
-
-        loaded = load()
-        if adapter is not None:
-            is_rounded = getattr(loaded, "is_quantized", False)
-            loaded = attach(loaded, Path(adapter))
-            if not is_rounded:
-                try:
-                    loaded = merged(loaded, where=adapter)
-                except ModelError:  # merging has changed the weights by then
-                    loaded = attach(load(), Path(adapter))
-        if not options:
-            loaded = loaded.to(device)
+        loaded = _load_torch(model, adapter, quantize, number, device)
         self._torch, self._model, self._device = torch, loaded.eval().requires_grad_(False), device
         base = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded
         accepts = inspect.signature(base.forward).parameters
@@ -269,8 +266,7 @@ class TorchCompiled(TorchEager):
 
     def begin(self, prompts: Ids, room: int) -> Ids:
         """See `Runtime.begin`; the cache is kept while it is large enough, because another size
-        would be compiled anew.
-        """
+        would be compiled anew."""
         from transformers import StaticCache
 
         self._events, self._prompt_tokens = [], prompts.shape[1]
@@ -302,8 +298,7 @@ class TorchCompiled(TorchEager):
 
 def _weight_bytes(model: Any) -> int:
     """Bytes of weights that decoding one token reads: all of them, but of an embedding that is not
-    the head's one row.
-    """
+    the head's one row."""
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
@@ -316,9 +311,7 @@ def _weight_bytes(model: Any) -> int:
 
 
 class OnnxRuntime:
-    """A form of an ``onnx`` artifact through `limbeck.runtime.decoder`, the loop that `limbeck
-    generate` uses.
-    """
+    """A form of an ``onnx`` artifact in the decoder that `limbeck generate` uses."""
 
     def __init__(self, *, artifact: str, form: str, threads: int, device: Any = None) -> None:
         from limbeck.contract.artifact import open_artifact
@@ -376,9 +369,8 @@ class OnnxRuntime:
         return logits
 
     def device_seconds(self) -> list[float] | None:
-        """See `Runtime.device_seconds`; onnxruntime tells no device times, and returns when the
-        logits are on the host.
-        """
+        """See `Runtime.device_seconds`; onnxruntime reports no device times, and returns when the
+        logits are on the host."""
         return None
 
     def prompt_tokens(self) -> int:

@@ -325,6 +325,7 @@ def test_what_is_written_runs_to_a_verdict(tmp_path: Path) -> None:
         ("texts", "texts", 3),
         ("texts/*.txt", "texts", 2),
         ("texts/a [2024] notes.txt", "a-2024-notes", 1),
+        ("~notes.txt", "notes", 1),
         ("texts/**/*.txt", "texts", 3),
     ],
 )
@@ -332,7 +333,7 @@ def test_data_is_a_folder_a_glob_or_a_file_of_any_name(
     tmp_path: Path, given: str, domain: str, count: int
 ) -> None:
     words = (tmp_path / "text.txt").read_text()
-    for name in ("a [2024] notes.txt", "b.txt", "deeper/c.txt", ".hidden"):
+    for name in ("a [2024] notes.txt", "b.txt", "deeper/c.txt", ".hidden", "../~notes.txt"):
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / name).write_text(words)
     result = CliRunner().invoke(

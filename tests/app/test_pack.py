@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import zipfile
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import is_package_available
 from typer.testing import CliRunner, Result
 
 from limbeck.app.cli import app
@@ -184,6 +187,33 @@ def test_push_uploads_what_pack_makes(run: Path, tmp_path: Path, hub: FakeHub) -
     assert "me/pico" in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the client itself
+@pytest.mark.parametrize("kind", ["xet", "no xet", "a page for what it lacks", "switched off"])
+def test_large_files_go_the_way_that_the_hub_takes_them(
+    run: Path, tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The client takes xet wherever hf_xet is installed; hubs within companies often have none."""
+    hub.large, hub.page = 1_000, kind.startswith("a page")
+    hub.xet = tmp_path / "xet" if kind == "xet" else None
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", kind == "switched off")
+    assert is_package_available("hf_xet")
+    done = call("push", run, "me/pico")
+    assert done.exit_code == 0, done.stderr + str(done.exception)
+    assert hub.asked_for_xet >= 1 if kind != "switched off" else hub.asked_for_xet == 0
+    assert call("pack", run, "--out", tmp_path / "packed").exit_code == 0
+    found = hub.repositories["me/pico"]
+    sizes = {name: (tmp_path / "packed" / name).stat().st_size for name in found}
+    graph = (tmp_path / "packed" / max(sizes, key=sizes.__getitem__)).read_bytes()
+    kept = found[max(sizes, key=sizes.__getitem__)]
+    if kind == "xet":
+        assert kept == hashlib.sha256(graph).hexdigest().encode()
+        stored = sum(p.stat().st_size for p in (tmp_path / "xet").rglob("default.*"))
+        assert stored > len(graph) / 4
+    else:
+        assert kept == graph
+    assert (kind == "switched off") == constants.HF_HUB_DISABLE_XET
+
+
 def test_push_that_is_refused(run: Path, hub: FakeHub) -> None:
     hub.refuses = True
     done = call("push", run, "me/pico")
@@ -204,6 +234,9 @@ def test_push_that_is_refused(run: Path, hub: FakeHub) -> None:
         ("create", 404, "the hub refused"),
         ("create", 500, "try again later"),
         ("preupload", 429, "try again later"),
+        ("xet-write-token", 403, "hf auth login"),
+        ("xet-write-token", 500, "try again later"),
+        ("xet-write-token", None, "cannot be reached"),
         ("commit", 403, "hf auth login"),
         ("commit", 409, "try again later"),
         ("commit", 500, "try again later"),

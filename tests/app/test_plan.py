@@ -148,7 +148,7 @@ def test_sizes_of_forms_are_what_the_exporter_writes(
         graph = made.result["forms"][form.kind]["bytes"] - weights.stat().st_size
         # The weights follow from the shapes; of the graph the plan knows only its growth.
         assert form_bytes(model, form, provider=provider) - weights.stat().st_size == pytest.approx(
-            graph, rel=0.35
+            graph, rel=0.35, abs=8_000
         ), form.kind
 
 

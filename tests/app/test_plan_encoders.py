@@ -161,7 +161,7 @@ def test_sizes_of_forms_are_what_the_exporter_writes(
         weights = (made.path / entry["graph"]).with_suffix(".onnx_data").stat().st_size
         # The weights follow from the shapes; of the graph the plan knows only its growth.
         said = form_bytes(model, form, task=task)
-        assert said - weights == pytest.approx(entry["bytes"] - weights, rel=0.1), form.kind
+        assert said - weights == pytest.approx(entry["bytes"] - weights, rel=0.2), form.kind
 
 
 def load_config(folder: Path) -> Any:

@@ -10,7 +10,6 @@ import compress
 from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
 from limbeck.contract.data.heldout import CALIBRATION, HELDOUT, save_calibration, save_heldout
 from limbeck.contract.recipe import LoraStudent, Recipe, load_recipe
-from limbeck.contract.sources.models import model_path
 
 RECIPE = "smollm2/135m-two-experts"
 
@@ -18,15 +17,6 @@ RECIPE = "smollm2/135m-two-experts"
 def demo_recipe(*overrides: str) -> Recipe:
     """The demo's recipe, with ``key=value`` overrides."""
     return load_recipe(RECIPE, overrides=overrides)
-
-
-def gguf_file() -> Path:
-    """The GGUF file (Q4_1) that the demo's base is dequantised from."""
-    recipe = demo_recipe()
-    assert isinstance(recipe.student, LoraStudent)
-    path = model_path(recipe.student.base, folder=recipe.folder)
-    assert path is not None
-    return path
 
 
 def untrained_student(path: Path) -> Artifact:

@@ -41,7 +41,11 @@ for form in job["forms"]:
         model, [prompt + [job["pad"]] * (width - len(prompt)) for prompt in job["prompts"]]
     )
     alone[form] = answer(model, [job["alone"]])[0]
-    prompts = [tokenizer.encode(text) for text in texts]
+    # By default no token is put before a text. A rendered chat has its own ones.
+    tokenizer.update_options(add_special_tokens="true")
+    prompts = [tokenizer.encode(text) for text in job["texts"]]
+    tokenizer.update_options(add_special_tokens="false")
+    prompts += [tokenizer.encode(text) for text in texts[len(prompts) :]]
     written[form] = [
         tokenizer.decode(np.array(answer(model, [prompt])[0], np.int32)) for prompt in prompts
     ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress import head
+from compress.aligned import ANY_ROWS, Spans
+from compress.chunked import fused_loss
 from compress.divergence import divergence
 from compress.head import IGNORED, Head
-from compress.loss import fused_loss, plain_loss
+from compress.loss import plain_loss
 from compress.states import SparseStates, TeacherStates, teacher_statistics
 from limbeck.contract.recipe import (
     EntropySwitch,
@@ -202,18 +205,19 @@ def test_tied_head_gets_the_gradient_of_both_uses() -> None:
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-6)
 
 
+def padded(teacher: TeacherStates, value: float = 9.0) -> TeacherStates:
+    """The same teacher with four tokens that the student does not have."""
+    head = Head(
+        torch.cat([teacher.head.weight_Vd, torch.full((4, 8), value)]),
+        torch.cat([teacher.head.bias_V, torch.full((4,), value)]),
+    )
+    return TeacherStates(teacher.hidden_RLd, head, teacher.temperature)
+
+
 def test_padded_vocabulary_rows_are_left_out() -> None:
     parts = problem(K=2)
     reference = fused_loss(Fusion(), **parts).loss
-    wide = parts["teachers"][0]
-    padded = Head(
-        torch.cat([wide.head.weight_Vd, torch.full((4, 8), 9.0)]),
-        torch.cat([wide.head.bias_V, torch.full((4,), 9.0)]),
-    )
-    parts["teachers"] = [
-        TeacherStates(wide.hidden_RLd, padded, wide.temperature),
-        parts["teachers"][1],
-    ]
+    parts["teachers"] = [padded(parts["teachers"][0]), parts["teachers"][1]]
     torch.testing.assert_close(fused_loss(Fusion(), **parts).loss, reference)
 
 
@@ -252,6 +256,40 @@ def test_the_tail_is_one_bucket() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     for mine, reference in zip(gradients(loss, parts), gradients(expected, parts), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda w: f"{w.kind}-{getattr(w, 'control', '')}")
+def test_kept_tokens_that_the_student_lacks_are_left_out(weights: Any) -> None:
+    """With every token kept, loss and gradient are those of the teacher without those tokens."""
+    parts, few = problem(K=2), problem(K=2)
+    wide = padded(few["teachers"][0], 0.2)
+    few["teachers"][0] = sparse(wide, few["labels_RL"], wide.vocabulary)
+    config = Fusion(weights=weights)
+    found, expected = fused_loss(config, **few), fused_loss(config, **parts)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.entropy_KRL, expected.entropy_KRL, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.label_logp_KRL, expected.label_logp_KRL, rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(
+        gradients(found.loss, few), gradients(expected.loss, parts), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_projected_tokens_beyond_the_shared_ones_are_lost_mass() -> None:
+    """As if the projection had found no token for them: the student's own distribution."""
+    parts = problem(K=1, masked=0)
+    whole = sparse(parts["teachers"][0], parts["labels_RL"], 5)
+    V, none = whole.vocabulary, torch.zeros_like(whole.entropy_RL)
+    spans = Spans(none == 0, torch.arange(none.shape[1]).expand_as(none), none == 0)
+    kept = replace(whole, vocabulary=ANY_ROWS, spans=spans, lost_RL=none)
+    beyond = replace(kept, ids_RLk=whole.ids_RLk.clone())
+    beyond.ids_RLk[..., 1] = V + 2
+    lost = replace(kept, share_RLk=whole.share_RLk.clone(), lost_RL=whole.share_RLk[..., 1])
+    lost.share_RLk[..., 1] = 0.0
+    lost.ids_RLk[..., 1] = lost.ids_RLk[..., 0]
+    config = Fusion(weights=UniformWeights(kind="uniform"), across="projected")
+    one, other = (fused_loss(config, **{**parts, "teachers": [t]}).loss for t in (beyond, lost))
+    torch.testing.assert_close(one, other)
 
 
 def test_sampling_is_unbiased_where_topk_is_not() -> None:

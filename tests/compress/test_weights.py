@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.chunked import fused_loss
 from compress.head import IGNORED, Head, fit_temperature, label_nll
-from compress.loss import fused_loss, plain_loss
+from compress.loss import plain_loss
 from compress.weights import Reach, log_prior, weigh
 from limbeck.contract.recipe import (
     CaMkdWeights,

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from limbeck.contract import lock
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.files import new_folder
 from limbeck.contract.lock import locked, make_once
+from limbeck.contract.progress import say_once
 
 
 @pytest.fixture(autouse=True)
 def _forgets() -> None:
-    lock._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def test_what_several_want_at_once_is_made_once(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ from export.build.genai import build_genai
 from export.folder.clients import write_client_files
 from export.folder.ends import end_tokens, first_tokens
 from export.graphs import form_files
+from export.tasks.language import in_genai
+from limbeck.contract.errors import ModelError
+from limbeck.contract.sources.models import require_language_model
 from limbeck.runtime.text import load_text
 from tests.pico import make_model, make_tokenizer
 
@@ -50,34 +53,59 @@ TURN = (
 )
 
 
+SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize(
     ("template", "ends"),
     [
         (TURN, [256, 258]),  # as Qwen's base models, whose files name <|endoftext|> alone
+        (SYSTEM + TURN, [256, 258]),
         (TURN.replace("<|turn|>", ""), [256]),
         (TURN.replace("<|turn|>", "{{ eos_token }}"), [256]),
         (TURN.replace("<|turn|>", "{% if not loop.last %}<|turn|>{% endif %}"), [256]),
         ("{{ raise_exception('no') }}", [256]),
     ],
-    ids=["turn", "no end", "eos", "between turns", "refuses"],
+    ids=["turn", "wants a system", "no end", "eos", "between turns", "refuses"],
 )
 def test_the_token_by_which_only_the_chat_template_ends_a_turn_ends_an_answer(
-    tmp_path: Path, template: str, ends: list[int]
+    tmp_path: Path, template: str, ends: list[int], special: bool
 ) -> None:
+    """Some trainings add it as a token that is not special."""
     model, tokenizer = make_model(tmp_path / "model", vocab_size=261), make_tokenizer()
-    names = ["<|turn|>", "<|user|>", "<|assistant|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    tokenizer.add_tokens(["<|turn|>", "<|user|>", "<|assistant|>"], special_tokens=special)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(model)
     assert end_tokens(model) == ends
     if 258 in ends:
-        talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        roles = ["system", "user", "assistant"] if "no" in template else ["user", "assistant"]
+        talk = [{"role": role, "content": "a"} for role in roles]
         written = tokenizer.apply_chat_template(talk)["input_ids"]
-        assert [token for token in written if token in ends] == [258, 258]
+        assert [token for token in written if token in ends] == [258] * len(talk)
     (tmp_path / "out").mkdir()
     fp32 = form_files(tmp_path / "out", "fp32")
     write_client_files(model, tmp_path / "out", graphs=[], shipped=fp32, genai=None)
     assert load_text(tmp_path / "out").stop_ids == set(ends)
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [(-1, []), (None, []), ([3, 4], [3, 4]), ("3", None), (3.0, None), ([[3]], None), (True, None)],
+)
+def test_an_end_that_is_no_id_is_named_before_training(
+    tmp_path: Path, given: object, ends: list[int] | None
+) -> None:
+    """transformers keeps it, and stops only where a text is written."""
+    model = make_model(tmp_path / "model", vocab_size=261)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    if ends is not None:
+        require_language_model(model)
+        assert end_tokens(model) == list(dict.fromkeys([*ends, 256]))
+        return
+    for read in (require_language_model, end_tokens):
+        with pytest.raises(ModelError, match=r"generation_config.json: eos_token_id: found .* id"):
+            read(model)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +122,8 @@ def test_first_tokens_are_those_that_the_tokenizer_puts_before_a_text(
         )
     tokenizer.save_pretrained(tmp_path)
     assert first_tokens(tmp_path) == first
+    # GenAI puts none before a text by itself: the card says what to call.
+    assert ("add_special_tokens" in in_genai("fp32", tmp_path)) == bool(first)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,7 @@ def with_tokenizer(folder: Path, kind: str) -> Any:
     from export.gguf.tokenizer import _LLAMA3
 
     split = {"llama-bpe": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", "")}
+    digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")  # of a base that was a GGUF file
     special = ["<s>", "<|end|>"]
     if kind == "spm":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -167,10 +168,12 @@ def with_tokenizer(folder: Path, kind: str) -> Any:
         alphabet: list[str] = []
     else:
         tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
-        cuts = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}.get(
-            kind, [pre_tokenizers.Split(Regex(split.get(kind, "")), "isolated")]
-        )
-        regex = kind in ("gpt-2", "smollm")
+        cuts = {
+            "gpt-2": [],
+            "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+            "smollm of gguf": [digits],
+        }.get(kind, [pre_tokenizers.Split(Regex(split.get(kind, "")), "isolated")])
+        regex = kind not in split
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, level])
         tokenizer.decoder = decoders.ByteLevel()
@@ -185,7 +188,7 @@ def with_tokenizer(folder: Path, kind: str) -> Any:
     return made
 
 
-@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2", "spm"])
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "smollm of gguf", "llama-bpe", "qwen2", "spm"])
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path: Path, kind: str) -> None:
     model = make_model(tmp_path / "model", **WIDE, vocab_size=700)
     tokenizer = with_tokenizer(model, kind)

@@ -27,7 +27,6 @@ _CUTS: dict[str, dict[str, Any]] = {
     "minilm-l6": {"layers": 4, "intermediate_size": 1280},
     "minilm-l3": {"layers": 2, "intermediate_size": 1280},
 }
-MODELS = (*_DECODERS, *_ENCODERS)
 
 
 def recipe_of(model: str, kind: str, forms: Sequence[str]) -> AnyRecipe:

@@ -52,7 +52,7 @@ def test_a_template_that_takes_too_much_is_refused_in_any_thread(template: str, 
 @pytest.mark.parametrize(("template", "why"), [(ENDLESS, TOO_LONG), ("{{ 9**(9**9) }}", TOO_LONG)])
 def test_so_it_is_where_it_trains(template: str, why: str) -> None:
     with pytest.raises(DataError, match=rf"notes\.jsonl:3: the chat template fails .*{why}"):
-        training.render(Conversation(MESSAGES), make_tokenizer(), template, "notes.jsonl:3")
+        training.Chat(Conversation(MESSAGES), make_tokenizer(), template, "notes.jsonl:3").render()
 
 
 @pytest.mark.parametrize("levels", [2000, 100_000])

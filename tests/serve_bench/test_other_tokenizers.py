@@ -68,3 +68,36 @@ def test_a_teacher_of_another_tokenizer_is_judged_by_its_own_tokens(tmp_path: Pa
     page = (run / "report.html").read_text()
     assert "Teachers with another tokenizer" in page
     assert "for each of the student’s" in page
+    assert "reads and writes in its own tokens" in page
+
+    # What it writes is transformers' own greedy continuation of the prompt's text.
+    texts = quality["generation"]["texts"]
+    for shown in texts:
+        prompt = tokenizer(shown["prompt"], return_tensors="pt")
+        new = math.ceil(4 * arm["token_rate"])
+        kwargs = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+        written = model.generate(**prompt, **kwargs)[0, prompt["input_ids"].shape[1] :]
+        answer = tokenizer.decode(written)
+        assert "".join(shown["answers"]["teacher:other"]) == answer
+        assert page.count("<dt>other</dt>") == len(texts)
+    assert "A teacher with another tokenizer answers in its own tokens" in page
+
+    # What it answers: transformers' own choices after the texts of the rows.
+    rows = load_heldout(student.path / "evals.safetensors")
+    found = quality["evals"]["arms"]["teacher:other"]
+    for name in ("facts", "python"):
+        blocks = rows[name]
+        for index, (ids, length, scored) in enumerate(
+            zip(blocks.input_ids, blocks.lengths, blocks.scored, strict=True)
+        ):
+            first = int(scored.argmax())
+            before, answer = own.decode(ids[:first]), own.decode(ids[first:length])
+            mine = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            row = torch.tensor([[*tokenizer(before)["input_ids"], *mine]])
+            with torch.no_grad():
+                logits = model(row).logits[0, -len(mine) - 1 : -1]
+            labels = row[0, -len(mine) :]
+            nats = float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            right = float((logits.argmax(-1) == labels).float().mean())
+            assert found[name]["nll"][index] == pytest.approx(nats, rel=1e-4)
+            assert found[name]["right"][index] == pytest.approx(right * int(scored.sum()))

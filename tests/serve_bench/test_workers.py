@@ -72,10 +72,16 @@ def test_worker_scores_what_torch_says(worker: Worker, model: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model).eval()
     with torch.inference_mode():
         logp = torch.log_softmax(reference(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+    labels_N = logp[torch.arange(5), torch.tensor(ids[1:])]
     assert found["labels"] == 5
-    assert found["nll"] == pytest.approx(
-        -float(logp[torch.arange(5), torch.tensor(ids[1:])].sum()), rel=1e-6
-    )
+    assert found["nll"] == pytest.approx(-float(labels_N.sum()), rel=1e-6)
+    # A prompt, and an answer of which the second token is the first choice.
+    ids[4] = int(logp[3].argmax())
+    found = worker.ask("evaluate", ids=ids[:5], scored=[0, 0, 1, 1], vocabulary=258)
+    assert found == {
+        "nll": pytest.approx(-float(labels_N[2] + logp[3].max()), rel=1e-6),
+        "right": 1,
+    }
 
 
 def test_idle_worker_uses_no_processor(worker: Worker) -> None:

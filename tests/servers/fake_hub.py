@@ -8,12 +8,18 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
 class FakeHub:
-    """Repositories in memory; small files come in the commit, large ones by the LFS protocol."""
+    """Repositories in memory; small files come in the commit, large ones by the LFS protocol.
+
+    With ``xet``, a folder, large files come by xet instead: its client, hf_xet, has a store of its
+    own for folders, and only their sha256 is kept here.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
@@ -21,6 +27,10 @@ class FakeHub:
         self.tokens: set[str] = set()
         self.refuses = False
         self.fails: dict[str, int | None] = {}  # status by a part of the path; None hangs up
+        self.large = 100_000  # bytes of a file that does not come in the commit
+        self.xet: Path | None = None
+        self.page = False  # answers what it does not know with a page, as some hubs in companies do
+        self.asked_for_xet = 0
         self.objects: dict[str, bytes] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -52,12 +62,14 @@ class FakeHub:
                 "files": [
                     {
                         "path": f["path"],
-                        "uploadMode": "lfs" if f["size"] > 100_000 else "regular",
+                        "uploadMode": "lfs" if f["size"] > self.large else "regular",
                         "shouldIgnore": False,
                     }
                     for f in files
                 ]
             }
+        if path.endswith("/info/lfs/objects/batch") and self.xet is not None:
+            return None
         if path.endswith("/info/lfs/objects/batch"):
             return {
                 "transfer": "basic",
@@ -77,7 +89,9 @@ class FakeHub:
                 if entry["key"] == "file":
                     self.repositories[name][value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
-                    self.repositories[name][value["path"]] = self.objects[value["oid"]]
+                    self.repositories[name][value["path"]] = (
+                        self.objects[value["oid"]] if self.xet is None else value["oid"].encode()
+                    )
             return {"commitUrl": f"{self.url}/{name}/commit/1", "commitOid": "1", "success": True}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
@@ -98,7 +112,16 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             name = "/".join(self.path.split("/")[3:5])
-            if name in hub.repositories:
+            if "/xet-write-token/" in self.path:
+                hub.asked_for_xet += 1
+                if self._fails():
+                    return
+                token = {"casUrl": f"local://{hub.xet}", "exp": int(time.time()) + 3600}
+                if hub.xet is not None:
+                    self._send(200, json.dumps(token | {"accessToken": "t"}).encode())
+                else:
+                    self._send(200 if hub.page else 404, b"<html>" if hub.page else b"{}")
+            elif name in hub.repositories:
                 found = {"id": name, "sha": "0", "siblings": [], "private": hub.private[name]}
                 self._send(200, json.dumps(found).encode())
             else:

@@ -113,6 +113,27 @@ def test_text_that_sentence_transformers_would_lower_is_refused(tmp_path: Path) 
         assert len(preflight(recipe_of(folder))) == (not lowers)
 
 
+@pytest.mark.parametrize(
+    ("named", "prompts", "refused"),
+    [
+        ("query", {"query": "query: ", "document": ""}, True),  # as E5 is often saved
+        ("document", {"query": "query: ", "document": ""}, False),
+        (None, {"query": "query: "}, False),  # is used where a text asks for it by name
+        (None, None, False),
+    ],
+)
+def test_a_prompt_before_every_text_is_refused(
+    tmp_path: Path, named: str | None, prompts: dict[str, str] | None, refused: bool
+) -> None:
+    """sentence-transformers documents default_prompt_name as what `encode` uses by itself."""
+    folder = sentences(tmp_path / "model", "mean_tokens")
+    config = {"prompts": prompts, "default_prompt_name": named, "similarity_fn_name": "cosine"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    found = preflight(recipe_of(folder))
+    assert len(found) == refused
+    assert all("puts 'query: ' before every text" in mistake for mistake in found)
+
+
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
 def test_a_classifier_of_several_labels_is_refused(tmp_path: Path, kind: str) -> None:
     """Its answers are trained as a sigmoid each, not as shares of one."""

@@ -318,6 +318,19 @@ def test_a_block_longer_than_the_model_reads_is_a_mistake_of_the_recipe(
     assert all("data.block is 128, but the model reads 64 tokens at most" in m for m in mistakes)
 
 
+def test_a_block_longer_than_a_new_model_reads_is_named_too() -> None:
+    sizes = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    teachers = [{"name": "t", "model": {"kind": "random", "config": sizes}}]
+    new = pico_recipe(teachers=teachers, student={"kind": "fresh", "config": sizes})
+    places = ["teachers.0", "student.config"]
+    for block, wrong in ((32, []), (33, places)):
+        recipe = new.model_copy(update={"data": new.data.model_copy(update={"block": block})})
+        says = "data.block is 33, but the model reads 32 tokens at most; set data.block to 32"
+        assert [m for m in preflight(recipe) if "tokens at most" in m] == [
+            f"{place}: {says} or less." for place in wrong
+        ]
+
+
 def test_a_bench_longer_than_the_model_reads_is_a_mistake_before_training(tmp_path: Path) -> None:
     """GPT-2 calls its context n_positions."""
     (tmp_path / "a.txt").write_text("text " * 1000)

@@ -92,6 +92,10 @@ def test_forms_that_need_another_library_are_refused_by_name(
     (base / "config.json").write_text(json.dumps(config))
     recipe = pico_recipe(student={"kind": "lora", "base": {"kind": "local", "path": str(base)}})
     (mistake,) = preflight(recipe)
+    assert "but the weights are plain numbers of type F32" in mistake
+    codes = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 32, dtype=torch.int32)}
+    save_file(load_file(base / "model.safetensors") | codes, base / "model.safetensors")
+    (mistake,) = preflight(recipe)
     assert f"student.base: {base}: its weights are stored as {method}" in mistake
 
 

@@ -27,7 +27,7 @@ from limbeck.contract.sources.tokenizer import load_tokenizer
 from limbeck.runtime.text import Text, load_text
 from tests.compress.test_compress import tiny
 from tests.pico import CHAT, make_model, make_tokenizer, pico_recipe
-from tests.tokenizers import END, byte_level, piece_level
+from tests.tokenizers import BERT, END, byte_level, encoder_tokenizer, piece_level
 from tests.wild.cases.adapters import load, make_base, teacher
 
 TEXT = "the cat sat on the mat, and the Dog sat on the log; 1234 5678"
@@ -112,8 +112,10 @@ def test_a_first_token_that_tokenizer_json_does_not_show_is_seen_before_training
         bos.model.save(str(folder))
         fields = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": END}
     else:
-        model_with(folder, starting(byte_level(), "<bos>"))
-        own = model_with(tmp_path / "own", starting(byte_level(), "<bos>"))
+        begins = starting(byte_level(), "<bos>")
+        begins.normalizer = normalizers.NFC()  # which the class has too
+        model_with(folder, begins)
+        own = model_with(tmp_path / "own", begins)
         fields = {"tokenizer_class": "GPTNeoXTokenizer"}
     changed(folder, **fields)
     first = [AutoTokenizer.from_pretrained(one)("a")["input_ids"][0] for one in (own, folder)]
@@ -123,6 +125,150 @@ def test_a_first_token_that_tokenizer_json_does_not_show_is_seen_before_training
         student={"kind": "lora", "base": {"kind": "local", "path": str(own)}},
     )
     assert "another tokenizer" in str(*compare_tokenizers(recipe))
+
+
+@pytest.mark.parametrize("declared", [None, "Qwen2TokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_class_that_cuts_texts_otherwise_than_the_file_is_named(
+    tmp_path: Path, declared: str | None
+) -> None:
+    """transformers 5 reads every tokenizer of a qwen2 by Qwen's rules, whatever the file says."""
+    folder = make_model(tmp_path / "model", model_type="qwen2", vocab_size=340)
+    PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token=END).save_pretrained(folder)
+    changed(folder, tokenizer_class=declared)
+    by_class = AutoTokenizer.from_pretrained(folder)
+    right = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
+    assert by_class(TEXT)["input_ids"] != right
+    if declared == "PreTrainedTokenizerFast":
+        assert load_tokenizer(folder).backend_tokenizer.encode(TEXT).ids == right
+        return
+    with pytest.raises(ModelError, match=r"as Qwen2Tokenizer, .* in other places than the file"):
+        load_tokenizer(folder)
+    by_class.save_pretrained(folder)
+    found = load_tokenizer(folder).backend_tokenizer.encode(TEXT).ids
+    assert found == by_class(TEXT)["input_ids"]
+
+
+_QWEN = (  # as Qwen's tokenizer.json has it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLIT = {"type": "Split", "behavior": "MergedWithPrevious", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "tokenizer", "changed"),
+    [
+        ("llama", "LlamaTokenizer", piece_level(prepends=True), {"pre_tokenizer": None}),
+        ("gemma2", "GemmaTokenizer", piece_level(),
+         {"pre_tokenizer": _SPLIT | {"pattern": {"String": " "}}}),
+        ("qwen2", "LlamaTokenizerFast", byte_level(),  # as of DeepSeek-R1-Distill-Qwen
+         {"normalizer": {"type": "NFC"},
+          "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+              _SPLIT | {"behavior": "Isolated", "pattern": {"Regex": _QWEN}},
+              {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+               "use_regex": False}]}}),
+        ("gpt_neox", "GPTNeoXTokenizer", byte_level(), {"normalizer": {"type": "NFC"}}),
+        ("llama", "GPT2Tokenizer", byte_level(digits=True), {}),  # as of SmolLM2
+        ("roberta", "RobertaTokenizer", byte_level(), {}),
+    ],
+)  # fmt: skip
+def test_files_as_their_classes_write_them_are_read(
+    tmp_path: Path, model_type: str, name: str, tokenizer: Tokenizer, changed: dict[str, Any]
+) -> None:
+    tree = json.loads(tokenizer.to_str()) | changed
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    special = {"bos_token": "<bos>", "unk_token": "<unk>"} if tree["model"]["unk_token"] else {}
+    config = {"tokenizer_class": name, "eos_token": END} | special
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    right = AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
+    assert load_tokenizer(tmp_path).backend_tokenizer.encode(TEXT).ids == right
+
+
+@pytest.mark.parametrize("scheme", ["", "first", "always", "never"])
+@pytest.mark.parametrize(
+    "config", [{}, {"legacy": True}, {"add_prefix_space": False}, {"add_bos_token": False}], ids=str
+)
+def test_a_first_space_is_read_as_transformers_reads_it(
+    tmp_path: Path, scheme: str, config: dict[str, Any]
+) -> None:
+    """In training, prompts, exports and answers; Llama's files write the space in four ways."""
+    tree = json.loads(piece_level(prepends=True).to_str())
+    if scheme:
+        metaspace = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+        tree |= {"normalizer": None, "pre_tokenizer": metaspace | {"prepend_scheme": scheme}}
+    model = make_model(tmp_path / "model", vocab_size=500)
+    (model / "tokenizer.json").write_text(json.dumps(tree))
+    special = {"bos_token": "<bos>", "eos_token": END, "unk_token": "<unk>"}
+    fields = {"tokenizer_class": "LlamaTokenizer"} | special | config
+    (model / "tokenizer_config.json").write_text(json.dumps(fields))
+    right, file = AutoTokenizer.from_pretrained(model), read_tokenizer(model / "tokenizer.json")
+    words = [t.encode("the", add_special_tokens=False) for t in (right.backend_tokenizer, file)]
+    if words[0].ids != words[1].ids:
+        with pytest.raises(ModelError, match="in other places than the file"):
+            load_tokenizer(model)
+        return
+    text = shipped(model, tmp_path / "shipped")
+    client = AutoTokenizer.from_pretrained(tmp_path / "shipped")
+    for given in ("the cat", " the cat", "  the", "\nthe", " ", f"the{END} the", "<bos>the"):
+        ids, plain = (right(given, add_special_tokens=add)["input_ids"] for add in (True, False))
+        (row,) = tokenise([Piece(given)], load_tokenizer(model))
+        assert row.ids.tolist() == plain
+        assert text.encode(given) == client(given)["input_ids"] == ids
+        assert "".join(text.stream(plain)) == right.decode(plain, skip_special_tokens=True)
+
+
+_SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "config", "right"),
+    [  # ``right``: normalizer of transformers 4, if not the file's; None where the class differs
+        ("WordPiece", {}, {}, {}),
+        ("WordPiece", {}, {"do_lower_case": False}, {"lowercase": False}),
+        ("WordPiece", {"normalizer": BERT | {"lowercase": False}}, {}, {"lowercase": True}),
+        ("WordPiece", {"normalizer": BERT | {"lowercase": False}}, {"do_lower_case": False}, {}),
+        ("WordPiece", {"normalizer": BERT | {"strip_accents": False}}, {"strip_accents": False},
+         {}),
+        ("WordPiece", {"normalizer": BERT | {"handle_chinese_chars": False}}, {},
+         {"handle_chinese_chars": True}),
+        ("WordPiece", {"normalizer": BERT | {"clean_text": False}}, {}, None),
+        ("WordPiece", {"normalizer": {"type": "NFC"}}, {}, None),
+        ("WordPiece", {"pre_tokenizer": {"type": "WhitespaceSplit"}}, {}, None),
+        ("Unigram", {}, {}, {}),
+        ("Unigram", {"normalizer": _SPACES}, {}, {}),
+        ("Unigram", {"normalizer": {"type": "Lowercase"}}, {}, None),
+        ("Unigram", {"pre_tokenizer": {"type": "Punctuation", "behavior": "Isolated"}}, {}, None),
+        ("Unigram", {"model": encoder_tokenizer("Unigram")["model"] | {"unk_id": 1}}, {}, None),
+    ],
+)  # fmt: skip
+def test_classes_of_encoders_are_held_to_the_file_too(
+    tmp_path: Path,
+    kind: str,
+    changed: dict[str, Any],
+    config: dict[str, Any],
+    right: dict[str, Any] | None,
+) -> None:
+    """The expected values were compared with transformers 4.57 once, for 356 such folders."""
+    tree = encoder_tokenizer(kind)
+    name = "XLMRobertaTokenizer" if kind == "Unigram" else "BertTokenizer"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree | changed))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    fields = json.dumps({"tokenizer_class": name} | config)
+    (tmp_path / "tokenizer_config.json").write_text(fields)
+    if right is None:
+        with pytest.raises(ModelError, match=f"as {name}, .* in other places than the file"):
+            load_tokenizer(tmp_path)
+        AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        load_tokenizer(tmp_path)
+        return
+    written = tree | changed
+    written["normalizer"] = written["normalizer"] and written["normalizer"] | right
+    expected = Tokenizer.from_str(json.dumps(written))
+    found = load_tokenizer(tmp_path).backend_tokenizer
+    for text in ("the Café, the\u200bcat\n of 日本", TEXT):
+        ids = [t.encode(text, add_special_tokens=False).ids for t in (found, expected)]
+        assert ids[0] == ids[1]
 
 
 def test_encoders_of_one_vocabulary_that_lower_case_and_that_do_not_are_refused(

@@ -1,5 +1,4 @@
-"""Shared by all commands: the program, its options, its colours, and errors as messages with exit
-codes."""
+"""Shared by all commands: the program, its colours, and errors as messages with exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +19,6 @@ from typer.core import TyperCommand, TyperGroup
 from limbeck import __version__
 from limbeck.contract.environment import require_launcher
 from limbeck.contract.errors import LimbeckError, RecipeError
-from limbeck.contract.limits import MOST_THREADS
 from limbeck.contract.printable import printable
 from limbeck.contract.process import end_with_parent
 
@@ -33,7 +31,7 @@ _BOLD, _CYAN, _PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[0m"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the work is, so that everything is put away as on Ctrl-C."""
+    """SIGTERM, raised where the work is, so that everything is cleaned up as on Ctrl-C."""
 
 
 class Command(TyperCommand):
@@ -182,8 +180,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _coloured(text: str) -> str:
-    """Help with bold headings and cyan names; typer takes the colours out where no terminal is
-    watching."""
+    """Help with bold headings and cyan names; typer drops the colours outside a terminal."""
     if "NO_COLOR" in os.environ:
         return text
     text = re.sub(r"^( *[A-Z][\w ]*:)(?= |$)", rf"{_BOLD}\1{_PLAIN}", text, flags=re.MULTILINE)
@@ -238,90 +235,6 @@ def about(
     """
 
 
-# Options that several commands take ---------------------------------------------------------------
-
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A recipe file, or a name from `limbeck recipes`.",
-        show_default=False,
-    ),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="DIR",
-        help="Run folder. Default: runs/NAME-DIGEST in the working directory.",
-        show_default=False,
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change one field of the recipe, such as training.tokens=20480 or "
-        "teachers.0.quantize=int8. Repeatable.",
-        show_default=False,
-    ),
-]
-ShrinkOption = Annotated[
-    str | None,
-    typer.Option(
-        "--shrink-to",
-        metavar="pico",
-        help="Try the recipe out: tiny random models of the same architectures, built-in text, "
-        "a few steps.",
-        show_default=False,
-    ),
-]
-KeyOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-key",
-        metavar="VARIABLE",
-        help="Environment variable that the recipe may send as an API key, besides LIMBECK_* and "
-        "OPENAI_API_KEY. Repeatable.",
-        show_default=False,
-    ),
-]
-BaseOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--base",
-        metavar="[ID=]PATH",
-        help="Local folder of an adapter's base model, where the adapter names it by its hub id. "
-        "Repeatable.",
-        show_default=False,
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        min=1,
-        max=MOST_THREADS,
-        help="CPU threads. Default: every core available.",
-        show_default=False,
-    ),
-]
-FormOption = Annotated[
-    str | None,
-    typer.Option(
-        "--form", help="Form to run, such as fp32. Default: the shipped one.", show_default=False
-    ),
-]
-ExportedArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="ARTIFACT", help="An exported folder, or the run it is in.", show_default=False
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
 def load(
     reference: str,
     overrides: list[str] | None,
@@ -340,10 +253,15 @@ def load(
 
 
 def at_home(path: str) -> str:
-    """``path`` with the home folder in place of ``~``. Raises `RecipeError` for an unknown user."""
+    """``path`` with the home folder in place of ``~``. Raises `RecipeError` for an unknown user.
+
+    A file here may begin with ``~`` too, as an editor's copy does.
+    """
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
+        if Path(path).exists():
+            return str(Path.cwd() / path)
         raise RecipeError(
             f"{path}: there is no such user here; write the path without ~."
         ) from None

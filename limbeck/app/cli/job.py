@@ -7,17 +7,8 @@ from typing import Annotated
 
 import typer
 
-from limbeck.app.cli.base import (
-    KeyOption,
-    OutOption,
-    RecipeArgument,
-    SetOption,
-    ShrinkOption,
-    at_home,
-    command,
-    load,
-    names_in,
-)
+from limbeck.app.cli.base import at_home, command, load, names_in
+from limbeck.app.cli.options import KeyOption, OutOption, RecipeArgument, SetOption, ShrinkOption
 from limbeck.contract.errors import RecipeError
 
 
@@ -86,16 +77,12 @@ def bench(
             metavar="RECIPE|TARGET...",
             help="One recipe; or what to time: a run, an exported folder (#FORM picks a form), "
             "a model folder, hub:OWNER/NAME, or the URL of an OpenAI-compatible server.",
-            show_default=False,
         ),
     ],
     against: Annotated[
         list[str] | None,
         typer.Option(
-            "--against",
-            metavar="TARGET",
-            help="What to compare the first target with. Repeatable.",
-            show_default=False,
+            "--against", metavar="TARGET", help="What to compare the first target with. Repeatable."
         ),
     ] = None,
     out: OutOption = None,
@@ -150,10 +137,7 @@ def _stage(
 def ablate(
     recipe: RecipeArgument,
     arms: Annotated[
-        str,
-        typer.Option(
-            "--arms", help="Arms to train, separated by commas. Default: all.", show_default=False
-        ),
+        str, typer.Option("--arms", help="Arms to train, separated by commas. Default: all.")
     ] = "",
     seeds: Annotated[
         int, typer.Option("--seeds", min=1, help="Seeds each arm is trained with.")
@@ -196,7 +180,6 @@ def cache(
             "--ray",
             help="Address of a Ray cluster that shares the cache folder, or `local`. Default: this "
             "process.",
-            show_default=False,
         ),
     ] = None,
     workers: Annotated[
@@ -209,7 +192,6 @@ def cache(
             metavar="URL",
             help="Copy the cache to a folder that machines share, such as s3://bucket/folder; sets "
             "training.teacher_cache.store.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -235,11 +217,7 @@ def search(
     recipe: RecipeArgument,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            help="Folder of the search. Default: runs/search-NAME-DIGEST.",
-            show_default=False,
-        ),
+        typer.Option("--out", help="Folder of the search. Default: runs/search-NAME-DIGEST."),
     ] = None,
     overrides: SetOption = None,
     shrink: ShrinkOption = None,
@@ -250,7 +228,6 @@ def search(
             metavar="URL",
             help="What searches on several machines share: postgresql://USER@HOST/DATABASE or "
             "journal:///FOLDER/FILE.log. Default: a file in the folder of the search.",
-            show_default=False,
         ),
     ] = None,
     ray: Annotated[
@@ -259,7 +236,6 @@ def search(
             "--ray",
             help="Address of a Ray cluster whose workers search, or `local`. Default: this "
             "process.",
-            show_default=False,
         ),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Workers on Ray.")] = 2,

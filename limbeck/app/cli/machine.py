@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from limbeck.app.cli.base import JsonOption, command
+from limbeck.app.cli.base import command
+from limbeck.app.cli.options import JsonOption
 
 
 @command("doctor")

@@ -9,19 +9,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from limbeck.app.cli.base import (
+from limbeck.app.cli.base import command, names_in
+from limbeck.app.cli.options import (
     ExportedArgument,
     FormOption,
     JsonOption,
+    MadeArgument,
+    RunArgument,
     ThreadsOption,
-    command,
-    names_in,
 )
 from limbeck.contract.errors import UserError
-
-RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)
-]
 
 
 @command("report")
@@ -45,10 +42,7 @@ def report(run: RunArgument) -> None:
 @command("verify")
 def verify(
     path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PATH", help="An artifact or a whole run folder.", show_default=False
-        ),
+        Path, typer.Argument(metavar="PATH", help="An artifact or a whole run folder.")
     ],
     quality: Annotated[
         bool,
@@ -65,7 +59,6 @@ def verify(
             "--key",
             metavar="FILE",
             help="Public key: the signatures of `limbeck sign` must hold too.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -102,15 +95,9 @@ def verify(
 @command("compare")
 def compare(
     before: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN_A", help="Run folder or bench to compare with.", show_default=False
-        ),
+        Path, typer.Argument(metavar="RUN_A", help="Run folder or bench to compare with.")
     ],
-    after: Annotated[
-        Path,
-        typer.Argument(metavar="RUN_B", help="Run folder or bench to judge.", show_default=False),
-    ],
+    after: Annotated[Path, typer.Argument(metavar="RUN_B", help="Run folder or bench to judge.")],
     tolerance: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,7 +105,6 @@ def compare(
             metavar="WHAT=SHARE",
             help="Relative change allowed, of speed (default 0.05), quality (0.01), size (0.01) "
             "or memory (0.05). Repeatable.",
-            show_default=False,
         ),
     ] = None,
     across_machines: Annotated[
@@ -174,34 +160,18 @@ def _tolerances(given: Sequence[str]) -> dict[str, float]:
 @command("eval")
 def evaluate(
     artifact: ExportedArgument,
-    tasks: Annotated[
-        str,
-        typer.Option("--tasks", help="Tasks of lm-eval, separated by commas.", show_default=False),
-    ],
+    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of lm-eval, separated by commas.")],
     include_path: Annotated[
         Path | None,
-        typer.Option(
-            "--include-path",
-            metavar="DIR",
-            help="A folder with task files of your own.",
-            show_default=False,
-        ),
+        typer.Option("--include-path", metavar="DIR", help="A folder with task files of your own."),
     ] = None,
     form: FormOption = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", min=1, help="Most samples a task. Default: all.", show_default=False
-        ),
+        int | None, typer.Option("--limit", min=1, help="Most samples a task. Default: all.")
     ] = None,
     shots: Annotated[
         int | None,
-        typer.Option(
-            "--shots",
-            min=0,
-            help="Examples before each question. Default: the task's.",
-            show_default=False,
-        ),
+        typer.Option("--shots", min=0, help="Examples before each question. Default: the task's."),
     ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -236,25 +206,13 @@ def evaluate(
 
 @command("pack")
 def pack(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN", help="A run folder, or its exported folder.", show_default=False
-        ),
-    ],
+    run: MadeArgument,
     out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder to write; must not be there.", show_default=False
-        ),
+        Path, typer.Option("--out", metavar="DIR", help="Folder to write; must not be there.")
     ],
     form: Annotated[
         str | None,
-        typer.Option(
-            "--form",
-            help="Form to pack, such as fp32. Default: the shipped one.",
-            show_default=False,
-        ),
+        typer.Option("--form", help="Form to pack, such as fp32. Default: the shipped one."),
     ] = None,
     as_zip: Annotated[
         bool, typer.Option("--zip", help="Write DIR.zip beside the folder too.")
@@ -285,27 +243,17 @@ def pack(
 
 @command("push")
 def push(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN", help="A run folder, or its exported folder.", show_default=False
-        ),
-    ],
+    run: MadeArgument,
     repository: Annotated[
         str,
         typer.Argument(
             metavar="NAMESPACE/NAME",
             help="Repository on the Hugging Face hub; it is made when it is missing.",
-            show_default=False,
         ),
     ],
     form: Annotated[
         str | None,
-        typer.Option(
-            "--form",
-            help="Form to push, such as fp32. Default: the shipped one.",
-            show_default=False,
-        ),
+        typer.Option("--form", help="Form to push, such as fp32. Default: the shipped one."),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository private.")
@@ -330,10 +278,7 @@ def sbom(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
-            metavar="FILE",
-            help="File to write. Default: sbom.cdx.json in the run folder.",
-            show_default=False,
+            "--out", metavar="FILE", help="File to write. Default: sbom.cdx.json in the run folder."
         ),
     ] = None,
 ) -> None:
@@ -354,18 +299,10 @@ def sbom(
 @command("sign")
 def sign(
     path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PATH",
-            help="A run folder, or an exported or packed folder.",
-            show_default=False,
-        ),
+        Path, typer.Argument(metavar="PATH", help="A run folder, or an exported or packed folder.")
     ],
     key: Annotated[
-        Path,
-        typer.Option(
-            "--key", metavar="FILE", help="Private elliptic-curve key, PEM.", show_default=False
-        ),
+        Path, typer.Option("--key", metavar="FILE", help="Private elliptic-curve key, PEM.")
     ],
 ) -> None:
     """Sign what ships, offline, with your key (OpenSSF model signing).

@@ -11,15 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck.app.cli.base import (
+from limbeck.app.cli.base import command, load
+from limbeck.app.cli.options import (
     BaseOption,
     JsonOption,
     KeyOption,
     RecipeArgument,
     SetOption,
     ShrinkOption,
-    command,
-    load,
 )
 from limbeck.contract.errors import LimbeckError
 from limbeck.contract.printable import printable
@@ -29,19 +28,11 @@ from limbeck.contract.printable import printable
 def recipes(
     max_mb: Annotated[
         float | None,
-        typer.Option(
-            "--max-mb",
-            min=0,
-            help="Only students of at most this many MB, as shipped.",
-            show_default=False,
-        ),
+        typer.Option("--max-mb", min=0, help="Only students of at most this many MB, as shipped."),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Only recipes that train on a CPU.")] = False,
     family: Annotated[
-        str | None,
-        typer.Option(
-            "--family", help="Only one model family, such as smollm2.", show_default=False
-        ),
+        str | None, typer.Option("--family", help="Only one model family, such as smollm2.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -73,10 +64,7 @@ def recipes(
 @command("validate")
 def validate(
     recipes: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE...", help="Recipe files or shipped names.", show_default=False
-        ),
+        list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or shipped names.")
     ],
     overrides: SetOption = None,
     keys: KeyOption = None,
@@ -118,10 +106,7 @@ def validate(
 @command("schema")
 def schema(
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="FILE", help="File to write. Default: print it.", show_default=False
-        ),
+        Path | None, typer.Option("--out", metavar="FILE", help="File to write. Default: print it.")
     ] = None,
 ) -> None:
     """Write the JSON Schema of recipes, with which an editor completes keys and marks mistakes.
@@ -152,7 +137,6 @@ def init(
             "--teacher",
             help="A model folder, PEFT adapter folder, .gguf file, hub id or recipe; or a server: "
             "URL[#MODEL]=TOKENIZER, with the folder or hub id of its tokenizer. Repeatable.",
-            show_default=False,
         ),
     ],
     data: Annotated[
@@ -161,21 +145,15 @@ def init(
             "--data",
             help="A text file, a folder of them, or a glob in quotes; quality is reported for each "
             "--data. Repeatable.",
-            show_default=False,
         ),
     ],
     target_mb: Annotated[
-        float,
-        typer.Option(
-            "--target-mb", min=0, help="Largest size of what is shipped, in MB.", show_default=False
-        ),
+        float, typer.Option("--target-mb", min=0, help="Largest size of what is shipped, in MB.")
     ],
     student: Annotated[
         str | None,
         typer.Option(
-            "--student",
-            help="Model the student starts from. Default: the smallest teacher.",
-            show_default=False,
+            "--student", help="Model the student starts from. Default: the smallest teacher."
         ),
     ] = None,
     base: BaseOption = None,
@@ -223,12 +201,7 @@ def plan(
     ] = False,
     nodes: Annotated[
         int | None,
-        typer.Option(
-            "--nodes",
-            min=1,
-            help="Plan for that many machines that train together.",
-            show_default=False,
-        ),
+        typer.Option("--nodes", min=1, help="Plan for that many machines that train together."),
     ] = None,
     gpus: Annotated[
         int, typer.Option("--gpus", min=0, help="Cards of each machine; 0: its processor.")
@@ -239,7 +212,6 @@ def plan(
             "--tflops",
             min=1e-6,
             help="Measured rate of one card, in 10^12 operations a second, for the time.",
-            show_default=False,
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -144,8 +144,7 @@ def _context(models: Sequence[dict[str, Any]]) -> int:
 def _require_on_hub(
     tree: dict[str, Any], source: dict[str, Any], option: str, *, is_base: bool
 ) -> None:
-    """Raise `ModelError` unless a hub model's configuration can be had; ``is_base`` of an
-    adapter."""
+    """Raise `ModelError` unless a hub model's configuration can be had."""
     try:
         sizes_of(tree, {"kind": "lora", "base": source})
     except ModelError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import glob
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,10 +54,14 @@ _LABEL = re.compile(
     r"(?:.*_)?(?:id|uuid|hash|name|path|date|lang|language|source|category|split|url|model|license)",
     re.IGNORECASE,
 )
+# Names of fields that are a text, whatever is beside them.
+_TEXTS = ("content", "body", "article", "document", "passage", "code", "story", "output")
 _DATASETS = (".parquet", *ARROW)
 # The page of a model, as it is copied from a browser.
 _PAGE = r"(?:hf://|(?:https?://)?(?:huggingface\.co|hf\.co)/)"
 _HUB = re.compile(_PAGE + r"(?P<id>[\w.-]+/[\w.-]+?)(?:(?:/tree/|@)(?P<revision>[\w.-]+))?/?")
+_REVISION = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)@(?P<revision>[\w./-]+)")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
 
 def short_names(given: Sequence[str]) -> list[str]:
@@ -80,7 +85,10 @@ def teacher_source(given: str, base_paths: Mapping[str, Path]) -> dict[str, Any]
     ``base_paths`` maps hub ids of adapters' bases to local folders; "" is for any. Raises
     `ModelError`, or `EnvironmentalError` for a server that does not answer.
     """
-    if (hub := _HUB.fullmatch(given)) is not None:
+    hub = _HUB.fullmatch(given)
+    if hub is None and not _path(given).exists():
+        hub = _REVISION.fullmatch(given)
+    if hub is not None:
         if hub["revision"] not in (None, "main"):
             return {"model": {"kind": "hub", **hub.groupdict()}}
         given = hub["id"]
@@ -164,6 +172,11 @@ def model_source(given: str, option: str) -> dict[str, Any]:
     """Model source for an argument. Raises `ModelError` if it is unknown or not a decoder."""
     path = _path(given)
     if path.is_dir():
+        if option.endswith("an adapter on") and (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{option} {given}: that is an adapter too; merge it into its base first "
+                "(`merge_and_unload` of peft), and give the merged model with --base."
+            )
         try:
             kinds = parse_json((path / "config.json").read_text("utf-8")).get("architectures") or []
         except (OSError, ValueError, AttributeError) as error:
@@ -185,7 +198,9 @@ def model_source(given: str, option: str) -> dict[str, Any]:
         return {"kind": "local", "path": str(path.resolve())}
     if path.suffix == ".gguf" and path.is_file():
         return {"kind": "gguf", "path": str(path.absolute())}
-    if path.is_file() and (path.parent / "config.json").is_file():
+    if path.is_file() and path.name.lower().endswith(_ARCHIVES):
+        raise ModelError(f"{option} {given}: an archive; unpack it, and give the folder.")
+    if path.is_file() and any((path.parent / name).is_file() for name in _CONFIGS):
         raise ModelError(f"{option} {given}: a file of a model; give its folder, {path.parent}.")
     if path.suffix == ".yaml":
         return {"kind": "recipe", "recipe": str(find_recipe(given))}
@@ -209,12 +224,11 @@ def model_source(given: str, option: str) -> dict[str, Any]:
 
 
 def _path(given: str) -> Path:
-    """A path that was typed. `~nosuchuser` and a NUL in it are parts of a name that does
-    not exist."""
+    """A path that was typed, such as ``~/text``, or ``~notes.txt`` in this folder."""
     try:
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:  # too long, or a NUL in it
         raise ModelError(f"{given[:100]}: no path ({error}).") from None
     return path
 
@@ -256,7 +270,10 @@ def text_source(given: str) -> dict[str, Any]:
             "alone."
         )
     texts = [n for n, type_ in fields.items() if type_ == _TEXT and not _LABEL.fullmatch(n)]
-    field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+    # An object beside it, such as the body of a request, may hold the text instead.
+    nested = any(type_.startswith(("dict", "struct")) for type_ in fields.values())
+    alone = len(texts) == 1 and (not nested or texts[0] in _TEXTS)
+    field = "text" if "text" in texts else texts[0] if alone else None
     if field is None:
         raise DataError(
             f"--data {given}: its rows have {_listed(fields)}, and it is unclear which is the "
@@ -292,7 +309,8 @@ def _files(given: str) -> list[Path]:
     if _path(given).is_dir() and (dataset := _dataset(given)) is not None:
         return text_files(DatasetText(**dataset), folder=Path.cwd())
     try:
-        return text_files(FileText(kind="files", paths=(given,)), folder=Path.cwd())
+        here = str(Path.cwd() / _path(given))
+        return text_files(FileText(kind="files", paths=(here,)), folder=Path.cwd())
     except (DataError, OSError, ValueError):
         path = _path(given)
         found = "no file with text there" if path.exists() else f"no such file{did_you_mean(path)}"
@@ -331,7 +349,9 @@ def _json_fields(path: Path) -> dict[str, str]:
     """Keys of the first row of JSON lines, and the type of each."""
     from compress.data.documents import json_rows
 
-    where, row = next(json_rows(path), (str(path), {}))
+    where, row = next(json_rows(path), (str(path), None))
+    if row is None:
+        raise DataError(f"--data {path}: it has no rows; leave it out.")
     if not isinstance(row, dict):
         raise DataError(
             f"--data {where}: {type(row).__name__}, where an object was expected; write one object "
@@ -375,8 +395,7 @@ def _columns(path: Path) -> dict[str, str]:
 
 
 def are_short(texts: Sequence[str], data: Data) -> bool:
-    """Whether the documents of a text must be joined to fill a block. Raises `DataError` for too
-    little text."""
+    """Whether documents must be joined to fill a block. Raises `DataError` for too little text."""
     from compress.data.blocks import measure_text
 
     short, block, heldout = False, _BYTES * data.block, data.heldout

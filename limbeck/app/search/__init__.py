@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 
 from limbeck.app.plan import training_memory
 from limbeck.app.products import require_inputs
-from limbeck.app.search.candidates import Candidate, still_in
+from limbeck.app.search.candidates import Candidate, Search, still_in
 from limbeck.app.search.finals import measure_finalists
 from limbeck.app.search.outcome import (
     PICTURE,
@@ -90,7 +90,7 @@ def search(recipe: AnyRecipe, *, out: Path | None = None, storage: str | None = 
     claim(folder, digest)
     name = "students" if storage is None else f"{recipe.name}-{digest[:16]}"
     with opened(storage, folder, name=name, seed=recipe.seed) as shared:
-        return _search(recipe, students, candidates, budget, folder, shared)
+        return _search(Search(recipe, students, candidates, budget, folder), shared)
 
 
 def default_folder(recipe: AnyRecipe, digest: str) -> Path:
@@ -98,16 +98,10 @@ def default_folder(recipe: AnyRecipe, digest: str) -> Path:
     return Path("runs") / f"search-{recipe.name}-{digest[:8]}"
 
 
-def _search(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    candidates: Sequence[Candidate],
-    budget: AnyBudget,
-    folder: Path,
-    shared: Shared,
-) -> Found:
+def _search(search: Search, shared: Shared) -> Found:
+    recipe, budget, folder = search.recipe, search.budget, search.folder
     with shared.turn(), locked(folder, wait=True):
-        if (found := _found(recipe, students, budget, folder, shared)) is not None:
+        if (found := _found(search, shared)) is not None:
             return found
         _require_same_machine(folder, shared)
         shared.fetch(folder / SPENT)
@@ -115,22 +109,23 @@ def _search(
         left = about(max(3600 * budget.hours - clock.spent(), 0))
         forms = len(recipe.search.forms)
         say(
-            f"== search: {len(students)} students in {forms} forms; {left} of budget.hours are left"
+            f"== search: {len(search.students)} students in {forms} forms; {left} of budget.hours "
+            "are left"
         )
-        _rule_out_sizes(candidates, budget)
-        _rule_out_memory(recipe, students, candidates, budget)
+        _rule_out_sizes(search.candidates, budget)
+        _rule_out_memory(search)
         shared.fetch(folder / TIMING)
-        models = predict_speeds(recipe, students, candidates, budget, folder)
+        models = predict_speeds(search)
         shared.publish(folder / TIMING)
         clock.save()
     until = 3600 * budget.hours * (1 - _RESERVED)
-    halve(recipe, students, candidates, folder, clock, shared, until=until)
+    halve(search, clock, shared, until=until)
     with shared.turn(), locked(folder, wait=True):
-        if (found := _found(recipe, students, budget, folder, shared)) is not None:
+        if (found := _found(search, shared)) is not None:
             return found
-        measure_finalists(recipe, students, candidates, budget, folder, clock)
+        measure_finalists(search, clock)
         errors = {metric: model.error for metric, model in models.items()}
-        found = _conclude(recipe, students, candidates, budget, errors, folder, clock.spent())
+        found = _conclude(search, errors, clock.spent())
         shared.publish(folder / RESULT)
         return found
 
@@ -175,17 +170,13 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _found(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    budget: AnyBudget,
-    folder: Path,
-    shared: Shared,
-) -> Found | None:
+def _found(search: Search, shared: Shared) -> Found | None:
     """Result of a finished search, or None if there is none or more time is now allowed.
 
     A result of another machine is written to ``folder`` too.
     """
+
+    recipe, budget, folder = search.recipe, search.budget, search.folder
 
     def is_final(result: Mapping[str, Any]) -> bool:
         late = any(c["late"] for c in result["candidates"])
@@ -204,8 +195,8 @@ def _found(
         return None
     shared.fetch(folder / MACHINE)
     candidates = [Candidate(**kept) for kept in result["candidates"]]
-    errors, seconds = result["speed_error"], result["seconds"]
-    return _conclude(recipe, students, candidates, budget, errors, folder, seconds)
+    search = replace(search, candidates=candidates)
+    return _conclude(search, result["speed_error"], result["seconds"])
 
 
 def _require_same_machine(folder: Path, shared: Shared) -> None:
@@ -230,22 +221,18 @@ def _rule_out_sizes(candidates: Sequence[Candidate], budget: AnyBudget) -> None:
             candidate.out = f"planned {megabytes(candidate.size)}"
 
 
-def _rule_out_memory(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    candidates: Sequence[Candidate],
-    budget: AnyBudget,
-) -> None:
+def _rule_out_memory(search: Search) -> None:
     """Rule out students whose training does not fit in memory.
 
     For each kind of student the largest are planned first, until one fits.
     """
+    recipe, candidates = search.recipe, search.candidates
     fits: set[str] = set()  # kinds
     for candidate in sorted(still_in(candidates), key=lambda c: -c.size):
-        student = students[candidate.student]
+        student = search.students[candidate.student]
         if student["kind"] in fits or candidate.out is not None:
             continue
-        tree = task_of(recipe).final_recipe(recipe, student, candidate, budget)
+        tree = task_of(recipe).final_recipe(recipe, student, candidate, search.budget)
         taken, here = training_memory(parse_any_recipe(tree, where=candidate.name))
         if taken <= here:
             fits.add(student["kind"])
@@ -278,37 +265,23 @@ def chosen(passed: Sequence[Candidate], budget: AnyBudget) -> Candidate:
     return min(passed, key=order)
 
 
-def _conclude(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    candidates: Sequence[Candidate],
-    budget: AnyBudget,
-    errors: Mapping[str, float | None],
-    folder: Path,
-    seconds: float,
-) -> Found:
+def _conclude(search: Search, errors: Mapping[str, float | None], seconds: float) -> Found:
     """Write the outcome. ``errors`` are those of predicted times, relative."""
+    recipe, candidates = search.recipe, search.candidates
+    budget, folder = search.budget, search.folder
     for name in (CHOSEN, NEAREST):
         (folder / name).unlink(missing_ok=True)
     best, code, note = _best(candidates, budget)
     name = NEAREST if code else CHOSEN
+    processor = read_json(folder / MACHINE)["processor"]
     run = f"{figures_of(best)}; limbeck run {shlex.quote(str(folder / name))}"
     if code:
         missed = missed_bound(candidates, budget)
         sentence = f"{missed} The nearest is {best.name}: {run} (its gates are {note})"
     else:
         sentence = f"{best.name} keeps the budget: {run}"
-    if said := ", ".join(
-        f"{metric} within {error:.0%}" for metric, error in errors.items() if error is not None
-    ):
-        sentence += (
-            f"\nPredicted times: {said}, by the worst of the timed exports that the prediction "
-            "had not seen."
-        )
-    processor = read_json(folder / MACHINE)["processor"]
-    if any(c.timed or c.measured for c in candidates):
-        sentence += f"\nAll times were taken on {processor}."
-    tree = task_of(recipe).final_recipe(recipe, students[best.student], best, budget)
+    sentence += _about_times(candidates, errors, processor)
+    tree = task_of(recipe).final_recipe(recipe, search.students[best.student], best, budget)
     head = (
         f"# Found by `limbeck search {recipe.name}` for {asked_for(budget)}: "
         f"{figures_of(best)}.\n" + (f"# Its gates are {note}.\n" if note else "")
@@ -339,6 +312,23 @@ def _conclude(
         ),
     )
     return Found(folder, table, sentence, code)
+
+
+def _about_times(
+    candidates: Sequence[Candidate], errors: Mapping[str, float | None], processor: str
+) -> str:
+    """Lines that say how well times were predicted, and where they were taken."""
+    lines = ""
+    if said := ", ".join(
+        f"{metric} within {error:.0%}" for metric, error in errors.items() if error is not None
+    ):
+        lines += (
+            f"\nPredicted times: {said}, by the worst of the timed exports that the prediction "
+            "had not seen."
+        )
+    if any(c.timed or c.measured for c in candidates):
+        lines += f"\nAll times were taken on {processor}."
+    return lines
 
 
 def _best(candidates: Sequence[Candidate], budget: AnyBudget) -> tuple[Candidate, int, str]:

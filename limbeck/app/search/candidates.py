@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from limbeck.contract.recipe import AnyBudget, AnyRecipe
 
 METRICS = ("accuracy", "macro_f1", "spearman")  # that encoders are judged by
 
@@ -59,6 +62,17 @@ class Candidate:
         if (found := self.known_metric) is not None:
             return 1 - found[1]
         return self.measured.get("nll", self.nll)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What every part of a search works on."""
+
+    recipe: AnyRecipe
+    students: Mapping[str, dict[str, Any]]  # as a recipe has them, by name
+    candidates: Sequence[Candidate]
+    budget: AnyBudget
+    folder: Path
 
 
 def still_in(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from limbeck.app import run as pipeline
-from limbeck.app.search.candidates import Candidate
+from limbeck.app.search.candidates import Candidate, Search
 from limbeck.app.search.outcome import excess, why_refused
 from limbeck.app.search.state import Clock
 from limbeck.app.search.tasks import task_of
@@ -17,28 +16,22 @@ from limbeck.app.verify import verify
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.errors import QualityError
 from limbeck.contract.progress import say
-from limbeck.contract.recipe import AnyBudget, AnyRecipe, parse_any_recipe
+from limbeck.contract.recipe import AnyBudget, parse_any_recipe
 
 
-def measure_finalists(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    candidates: Sequence[Candidate],
-    budget: AnyBudget,
-    folder: Path,
-    clock: Clock,
-) -> None:
+def measure_finalists(search: Search, clock: Clock) -> None:
     """Run the whole job of finalists in the time that is left.
 
     The first one is always run; the others until one passes and enough are measured.
     """
-    order, wanted = finalists(candidates, budget), recipe.search.finalists
+    budget, wanted = search.budget, search.recipe.search.finalists
+    order = finalists(search.candidates, budget)
     for place, finalist in enumerate(order):
         enough = (
             any(c.verdict == "pass" for c in order)
             and sum(bool(c.measured) for c in order) >= wanted
         )
-        began, run = clock.spent(), folder / "finalists" / finalist.name
+        began, run = clock.spent(), search.folder / "finalists" / finalist.name
         late = (
             place > 0
             and not (run / "report.json").exists()
@@ -55,7 +48,7 @@ def measure_finalists(
         )
         if earlier is not None and (earlier / "student").exists() and not run.exists():
             _share_student(earlier, run)
-        _measure(recipe, students, finalist, budget, run)
+        _measure(search, finalist, run)
         clock.longest = max(clock.longest, clock.spent() - began)
         clock.save()
 
@@ -82,20 +75,14 @@ def _share_student(earlier: Path, run: Path) -> None:
     part.rename(run)
 
 
-def _measure(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    finalist: Candidate,
-    budget: AnyBudget,
-    run: Path,
-) -> None:
+def _measure(search: Search, finalist: Candidate, run: Path) -> None:
     """Run a finalist's whole job in the folder ``run``, and keep the measured figures.
 
     A run that passes is verified, except for speed: the bench has just measured it on this machine.
     """
     say(f"== finalist {finalist.name}")
-    task = task_of(recipe)
-    tree = task.final_recipe(recipe, students[finalist.student], finalist, budget)
+    task, student = task_of(search.recipe), search.students[finalist.student]
+    tree = task.final_recipe(search.recipe, student, finalist, search.budget)
     finalist.run, finalist.out, finalist.late = str(run), None, False
     try:
         report = pipeline.run(parse_any_recipe(tree, where=finalist.name), out=run)

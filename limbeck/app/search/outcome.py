@@ -6,9 +6,10 @@ Knows candidates and a budget; runs nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from limbeck.app.search.candidates import Candidate
 from limbeck.contract.errors import DivergenceError, QualityError
@@ -255,7 +256,7 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
 
     Filled points were measured in full; a line joins those that no other beats in both.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -265,47 +266,7 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
         (left, "size", budget.size_mb, "size, MB"),
         (right, time, most, _HEADS[time]),
     ):
-        points: dict[tuple[float, float], str] = {}
-        for c in candidates:
-            known = {"size": c.size / 1e6, **c.predicted}
-            if c.measured:
-                known = c.measured | {"size": c.measured["size"] / 1e6}
-            loss = c.loss
-            if loss is None or key not in known:
-                continue
-            axes.plot(
-                known[key],
-                loss,
-                marker="*" if c is best else "o",
-                markersize=13 if c is best else 7,
-                linestyle="none",
-                color=colours[c.form],
-                fillstyle="full" if c.measured else "none",
-            )
-            points[known[key], loss] = c.student
-        # forms of a student that are not measured have one loss: the first is named
-        named: set[tuple[str, float]] = set()
-        for (x, loss), student in sorted(points.items()):
-            if (student, loss) not in named:
-                named.add((student, loss))
-                beyond = x > (min(points)[0] + max(points)[0]) / 2
-                axes.annotate(
-                    student,
-                    (x, loss),
-                    xytext=(-6 if beyond else 6, 4),
-                    ha="right" if beyond else "left",
-                    textcoords="offset points",
-                    fontsize=7,
-                )
-        front = pareto_front(list(points))
-        axes.step(
-            [x for x, _ in front],
-            [y for _, y in front],
-            where="post",
-            color="0.7",
-            linewidth=1,
-            zorder=0,
-        )
+        _draw_panel(axes, key, candidates, best, colours)
         if bound is not None:
             axes.axvline(bound, color="0.5", linestyle=":")
         axes.set_xlabel(label)
@@ -317,3 +278,59 @@ def draw(candidates: Sequence[Candidate], budget: AnyBudget, best: Candidate, pa
         left.plot([], [], marker="o", linestyle="none", color=colour, label=form)
     left.legend(fontsize=8)
     figure.savefig(path)
+
+
+def _draw_panel(
+    axes: Any,
+    key: str,
+    candidates: Sequence[Candidate],
+    best: Candidate,
+    colours: Mapping[str, str],
+) -> None:
+    """Draw loss over ``key``, the size or a time: one point a candidate, and the front."""
+    points: dict[tuple[float, float], str] = {}
+    for c in candidates:
+        known = {"size": c.size / 1e6, **c.predicted}
+        if c.measured:
+            known = c.measured | {"size": c.measured["size"] / 1e6}
+        loss = c.loss
+        if loss is None or key not in known:
+            continue
+        axes.plot(
+            known[key],
+            loss,
+            marker="*" if c is best else "o",
+            markersize=13 if c is best else 7,
+            linestyle="none",
+            color=colours[c.form],
+            fillstyle="full" if c.measured else "none",
+        )
+        points[known[key], loss] = c.student
+    _name_students(axes, points)
+    front = pareto_front(list(points))
+    axes.step(
+        [x for x, _ in front],
+        [y for _, y in front],
+        where="post",
+        color="0.7",
+        linewidth=1,
+        zorder=0,
+    )
+
+
+def _name_students(axes: Any, points: Mapping[tuple[float, float], str]) -> None:
+    """Write the name of a student beside its first point."""
+    # Forms of a student that are not measured have the same loss: the first is named.
+    named: set[tuple[str, float]] = set()
+    for (x, loss), student in sorted(points.items()):
+        if (student, loss) not in named:
+            named.add((student, loss))
+            beyond = x > (min(points)[0] + max(points)[0]) / 2
+            axes.annotate(
+                student,
+                (x, loss),
+                xytext=(-6 if beyond else 6, 4),
+                ha="right" if beyond else "left",
+                textcoords="offset points",
+                fontsize=7,
+            )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.app import run as pipeline
-from limbeck.app.search.candidates import Candidate, SpeedModel, fit_speed, still_in
+from limbeck.app.search.candidates import Candidate, Search, SpeedModel, fit_speed, still_in
 from limbeck.app.search.outcome import UNEXPORTED, why_refused
 from limbeck.app.search.state import TIMING
 from limbeck.app.search.tasks import task_of
@@ -22,14 +22,10 @@ from limbeck.contract.recipe import AnyBudget, AnyRecipe
 _NOISE = 0.1  # least error of a time, relative
 
 
-def predict_speeds(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    candidates: Sequence[Candidate],
-    budget: AnyBudget,
-    folder: Path,
-) -> dict[str, SpeedModel]:
+def predict_speeds(search: Search) -> dict[str, SpeedModel]:
     """Time a few exports, predict the rest, rule out those too slow beyond the model's error."""
+    recipe, candidates = search.recipe, search.candidates
+    budget, folder = search.budget, search.folder
     if all(bound is None for bound in budget.times.values()):
         return {}
     left = still_in(candidates)
@@ -44,7 +40,7 @@ def predict_speeds(
     probes = _spread(shapes, recipe.search.probes)
     groups = {shape: list({c.form: c for c in by_shape[shape]}.values()) for shape in probes}
     if not (folder / TIMING).exists():
-        _time_probes(recipe, students, groups, folder, of=len(shapes))
+        _time_probes(search, groups, of=len(shapes))
     measured = json.loads((folder / TIMING).read_text("utf-8"))
     probed = [c for group in groups.values() for c in group]
     timed = [c for c in probed if "refused" not in measured[c.name]]
@@ -71,13 +67,31 @@ def predict_speeds(
             say(f"   {metric}: {said}")
     known = {(c.shape, c.form): measured[c.name] for c in timed}
     for candidate in candidates:
-        candidate.timed = (candidate.shape, candidate.form) in known
-        for metric in budget.times:
-            if candidate.timed:
-                candidate.predicted[metric] = known[candidate.shape, candidate.form][metric]
-            elif candidate.form in models[metric].forms:
-                candidate.predicted[metric] = models[metric](candidate)
-    for candidate in still_in(left):
+        _predict(candidate, models, known)
+    _rule_out_slow(still_in(left), models, budget)
+    return models
+
+
+def _predict(
+    candidate: Candidate,
+    models: Mapping[str, SpeedModel],
+    known: Mapping[tuple[str, str], Mapping[str, float]],
+) -> None:
+    """Fill in a candidate's times: those ``known`` of its shape and form, or those predicted."""
+    of_it = known.get((candidate.shape, candidate.form))
+    candidate.timed = of_it is not None
+    for metric, model in models.items():
+        if of_it is not None:
+            candidate.predicted[metric] = of_it[metric]
+        elif candidate.form in model.forms:
+            candidate.predicted[metric] = model(candidate)
+
+
+def _rule_out_slow(
+    candidates: Sequence[Candidate], models: Mapping[str, SpeedModel], budget: AnyBudget
+) -> None:
+    """Rule out candidates whose time is above its bound by more than the error of the model."""
+    for candidate in candidates:
         for metric, bound in budget.times.items():
             # Even a timed export differs in another process, and a good fit promises nothing:
             # candidates near the bound stay in.
@@ -87,7 +101,6 @@ def predict_speeds(
                     f"{'timed' if candidate.timed else 'predicted'} {metric.removesuffix('_ms')} "
                     f"{candidate.predicted[metric]:.2f} ms"
                 )
-    return models
 
 
 def export_untrained(
@@ -125,24 +138,18 @@ def _spread(items: Sequence[str], count: int) -> list[str]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _time_probes(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    groups: Mapping[str, Sequence[Candidate]],
-    folder: Path,
-    *,
-    of: int,
-) -> None:
+def _time_probes(search: Search, groups: Mapping[str, Sequence[Candidate]], *, of: int) -> None:
     """Median times of untrained exports by candidate, from one interleaved run.
 
     They are saved in ``timing.json``, or the reason for their absence; the exports are deleted.
     """
+    recipe, folder = search.recipe, search.folder
     task = task_of(recipe)
     say(f"== timing {len(groups)} of {of} shapes, untrained: {', '.join(groups)}")
     targets: dict[str, tuple[Path, str]] = {}  # by candidate's name
     times: dict[str, dict[str, Any]] = {}
     for shape, group in groups.items():
-        student, place = students[group[0].student], folder / "probes" / shape
+        student, place = search.students[group[0].student], folder / "probes" / shape
         try:
             export_untrained(recipe, student, [c.form for c in group], place)
             targets |= {c.name: (place, c.form) for c in group}

@@ -1,5 +1,4 @@
-"""Successive halving: short distillations in rounds, from one queue in Optuna that several workers
-share."""
+"""Successive halving: short distillations in rounds; several workers share one Optuna queue."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.app.search.candidates import Candidate, still_in
+from limbeck.app.search.candidates import Search, still_in
 from limbeck.app.search.state import Clock
 from limbeck.app.search.storage import WAIT, Shared, ask, give_back
 from limbeck.app.search.tasks import task_of
@@ -25,21 +24,13 @@ if TYPE_CHECKING:
 _LATE = "no time left for it"
 
 
-def halve(
-    recipe: AnyRecipe,
-    students: Mapping[str, dict[str, Any]],
-    candidates: Sequence[Candidate],
-    folder: Path,
-    clock: Clock,
-    shared: Shared,
-    *,
-    until: float,
-) -> None:
+def halve(search: Search, clock: Clock, shared: Shared, *, until: float) -> None:
     """Distil every student for a short round, the better half for a longer one, and so on.
 
     This is successive halving. It stops early when the finals have room for the rest. Every worker
     takes students from one queue until it is empty; after ``until`` seconds no new one starts.
     """
+    recipe, candidates, folder = search.recipe, search.candidates, search.folder
     task = task_of(recipe)
     names = list(
         dict.fromkeys(c.student for c in sorted(still_in(candidates), key=lambda c: -c.size))
@@ -49,7 +40,9 @@ def halve(
     rounds, study = task.rounds_of(recipe), shared.study
     with shared.turn(), locked(folder, wait=True):
         cached = bool(study.user_attrs.get("cached"))
-        products = task.make_teachers(recipe, students[names[0]], folder, rounds, cached=cached)
+        products = task.make_teachers(
+            recipe, search.students[names[0]], folder, rounds, cached=cached
+        )
         study.set_user_attr("cached", True)
         _enqueue(study, study.get_trials(deepcopy=False), [(name, 0) for name in names], until)
     finalists = recipe.search.finalists
@@ -60,7 +53,7 @@ def halve(
             if clock.spent() > until:
                 _tell(study, trial, None, why=_LATE, until=until)
                 continue
-            student = students[trial.user_attrs["student"]]
+            student = search.students[trial.user_attrs["student"]]
             _heal(study, trial, recipe, student, products, folder, rounds, clock, until)
         with locked(folder, wait=True):
             clock.save()
@@ -234,9 +227,7 @@ def _tell(
     why: str,
     until: float,
 ) -> None:
-    """Report loss and metric after the round; without them, the reason and the time limit in
-    seconds.
-    """
+    """Report loss and metric of a round; without them, the reason and the time limit in seconds."""
     import optuna
 
     with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has it by now

@@ -29,7 +29,7 @@ from limbeck.contract.files import (
     write_atomically,
 )
 from limbeck.contract.lock import locked
-from limbeck.contract.progress import say
+from limbeck.contract.progress import say, say_once
 
 if TYPE_CHECKING:
     import optuna
@@ -70,7 +70,7 @@ class Shared:
         mine = ask(self._turns)
         with self.holding(mine):
             while ahead := [t for t in self.running(self._turns) if t.number < mine.number]:
-                _say_once(f"waiting for another search ({_name(ahead[0])})")
+                say_once(f"waiting for another search ({_name(ahead[0])})")
                 time.sleep(WAIT)
             yield
         give_back(self._turns, mine.number)
@@ -335,8 +335,3 @@ def _runs(worker: dict[str, Any]) -> bool:
 def _name(trial: optuna.trial.FrozenTrial) -> str:
     worker = trial.user_attrs.get("worker")
     return f"process {worker['pid']} on {worker['host']}" if worker else "a process"
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    say(message)

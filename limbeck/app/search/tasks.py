@@ -1,5 +1,4 @@
-"""The differences between the tasks of a search, as one protocol; the modules `language` and
-`encoders` implement it."""
+"""What differs between the tasks of a search; `language` and `encoders` implement it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,11 +152,12 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
                     f"{repository}: it is there already, and public; make it private in its "
                     "settings on the hub, or push without --private."
                 )
-            done = api.upload_folder(
-                repo_id=repository,
-                folder_path=packed.folder,
-                commit_message=f"Upload the student as {packed.form}",
-            )
+            with _transfers(repository):
+                done = api.upload_folder(
+                    repo_id=repository,
+                    folder_path=packed.folder,
+                    commit_message=f"Upload the student as {packed.form}",
+                )
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else None
             remedy = (
@@ -178,6 +180,33 @@ def push(run: Path, repository: str, *, form: str | None = None, private: bool =
                 "nothing was committed. Check HF_ENDPOINT and your token, and try again."
             ) from None
     return str(done.commit_url)
+
+
+@contextmanager
+def _transfers(repository: str) -> Iterator[None]:
+    """Send large files as the hub takes them: by xet, or by git LFS where it has no xet.
+
+    The client tries xet alone wherever its package is installed. Hubs within a company often have
+    none: there it fails, or asks for minutes if their answer is a page.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    kept = has_none = constants.HF_HUB_DISABLE_XET
+    if not has_none:
+        url = f"{constants.ENDPOINT}/api/models/{repository}/xet-write-token/main"
+        answer = get_session().get(url, headers=build_hf_headers())
+        if answer.status_code != 404:
+            hf_raise_for_status(answer)
+        try:
+            has_none = "casUrl" not in answer.json()
+        except ValueError:
+            has_none = True
+    constants.HF_HUB_DISABLE_XET = has_none
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = kept
 
 
 def certificate_of(onnx: Artifact) -> dict[str, Any]:
@@ -229,8 +258,7 @@ def _result(onnx: Artifact, form: str) -> dict[str, Any]:
 
 
 def _point_at_form(folder: Path, onnx: Artifact, form: str) -> None:
-    """Let GenAI's configuration name the packed graph: the exported folder's names the
-    shipped one."""
+    """Let GenAI's configuration name the packed graph instead of the shipped one."""
     path = folder / "genai_config.json"
     if not path.is_file():
         return

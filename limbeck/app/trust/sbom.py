@@ -68,43 +68,29 @@ def _is_bill(path: Path) -> bool:
 
 def _document(onnx: Artifact, student: Artifact, certificate: Mapping[str, Any]) -> str:
     try:
-        from cyclonedx.model import HashAlgorithm, HashType
         from cyclonedx.model.bom import Bom
-        from cyclonedx.model.component import Component, ComponentType
+        from cyclonedx.model.component import ComponentType
         from cyclonedx.output.json import JsonV1Dot6
         from cyclonedx.schema import SchemaVersion
         from cyclonedx.validation.json import JsonStrictValidator
-        from packageurl import PackageURL
     except ImportError as error:
         raise EnvironmentalError(
             f"limbeck sbom needs cyclonedx-python-lib ({error}); pip install 'limbeck[trust]'."
         ) from error
 
-    def sha256(digest: str) -> list[Any]:
-        return [HashType(alg=HashAlgorithm.SHA_256, content=digest)] if len(digest) == 64 else []
-
-    def component(kind: Any, name: str, digest: str = "", licence: str = "") -> Any:
-        return Component(
-            type=kind,
-            name=name,
-            bom_ref=f"{kind.value}/{name}",
-            hashes=sha256(digest),
-            licenses=_licences(licence),
-        )
-
     recipe = student.manifest["recipe"]
     name = str(recipe["resolved"]["name"] if recipe else student.path.parent.name)
-    model = component(ComponentType.MACHINE_LEARNING_MODEL, name, onnx.digest)
+    model = _component(ComponentType.MACHINE_LEARNING_MODEL, name, onnx.digest)
     model.version = onnx.digest[:12]
     model.description = str(certificate.get("sentence", ""))
     files = [
-        component(ComponentType.FILE, file, entry["sha256"])
+        _component(ComponentType.FILE, file, entry["sha256"])
         for file, entry in onnx.manifest["files"].items()
         if file in onnx.result["forms"][onnx.result["shipped"]]["files"]
     ]
     parents, licences = student.manifest["parents"], dict(ingredients(student))
     parts = [
-        component(
+        _component(
             ComponentType.DATA if what.startswith("text ") else model.type,
             what,
             digest,
@@ -113,13 +99,7 @@ def _document(onnx: Artifact, student: Artifact, certificate: Mapping[str, Any])
         for what, digest in parents.items()
     ]
     libraries = [
-        Component(
-            type=ComponentType.LIBRARY,
-            name=library,
-            version=version,
-            bom_ref=f"library/{library}",
-            purl=PackageURL(type="pypi", name=library, version=version),
-        )
+        _library(library, version)
         for library, version in (certificate.get("versions") or versions()).items()
         if library != "python"
     ]
@@ -135,6 +115,33 @@ def _document(onnx: Artifact, student: Artifact, certificate: Mapping[str, Any])
     if problem := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text):
         raise AssertionError(f"the bill of materials breaks CycloneDX's schema: {problem}")
     return text + "\n"
+
+
+def _component(kind: Any, name: str, digest: str, licence: str = "") -> Any:
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.component import Component
+
+    hashes = [HashType(alg=HashAlgorithm.SHA_256, content=digest)] if len(digest) == 64 else []
+    return Component(
+        type=kind,
+        name=name,
+        bom_ref=f"{kind.value}/{name}",
+        hashes=hashes,
+        licenses=_licences(licence),
+    )
+
+
+def _library(name: str, version: str) -> Any:
+    from cyclonedx.model.component import Component, ComponentType
+    from packageurl import PackageURL
+
+    return Component(
+        type=ComponentType.LIBRARY,
+        name=name,
+        version=version,
+        bom_ref=f"library/{name}",
+        purl=PackageURL(type="pypi", name=name, version=version),
+    )
 
 
 def _licences(licence: str) -> list[Any]:

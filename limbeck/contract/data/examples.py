@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from limbeck.contract.data.arrays import Floats, Ids
 from limbeck.contract.data.tensors import damaged, load_tensors, require_rows, take
 
 EXAMPLES = "examples.safetensors"
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -32,18 +30,18 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, rows: Ints) -> Examples:
+    def take(self, rows: Ids) -> Examples:
         """The examples of ``rows``, in that order."""
         return Examples(self.input_ids[rows], self.lengths[rows], self.groups[rows])
 
-    def batch(self, rows: Ints | slice) -> tuple[Ints, Ints]:
+    def batch(self, rows: Ids | slice) -> tuple[Ids, Ids]:
         """Token ids and mask ``[rows, L]``; L is the longest of these rows."""
         lengths = self.lengths[rows]
         width = int(lengths.max())
         mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
         return self.input_ids[rows, :width].astype(np.int64), mask
 
-    def batches(self, size: int) -> Iterator[tuple[Ints, Ints]]:
+    def batches(self, size: int) -> Iterator[tuple[Ids, Ids]]:
         """All examples in order, ``size`` at a time."""
         return (self.batch(slice(at, at + size)) for at in range(0, len(self), size))
 
@@ -73,12 +71,12 @@ def load_examples(path: Path) -> Examples:
     return examples
 
 
-def accuracy(predicted_N: Ints, labels_N: Ints) -> float:
+def accuracy(predicted_N: Ids, labels_N: Ids) -> float:
     """Share of examples whose class is right."""
     return float((predicted_N == labels_N).mean())
 
 
-def macro_f1(predicted_N: Ints, labels_N: Ints, classes: int) -> float:
+def macro_f1(predicted_N: Ids, labels_N: Ids, classes: int) -> float:
     """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN).
 
     A class with no label and no prediction counts 1.

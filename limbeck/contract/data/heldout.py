@@ -106,7 +106,5 @@ def load_calibration(path: Path) -> list[npt.NDArray[np.int64]]:
 
 
 def mean_nll(nll_by_domain: Mapping[str, float]) -> float:
-    """Unweighted mean of the domains' nats a token, so that a large domain does not hide a small
-    one.
-    """
+    """Unweighted mean over domains, so that a large domain does not hide a small one."""
     return float(np.mean(list(nll_by_domain.values())))

@@ -108,6 +108,10 @@ def adapter_facts(folder: Path) -> AdapterFacts:
 
 
 def _require_files(folder: Path) -> None:
+    if folder.is_file():
+        raise ModelError(
+            f"{folder}: a file; name the folder of the adapter, unpacked from an archive."
+        )
     if not folder.is_dir():
         raise ModelError(
             f"{folder}: no such folder{did_you_mean(folder)}; check the path of the adapter."
@@ -206,11 +210,13 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             f"{folder / WEIGHTS}: this adapter's weights cannot be read ({error}); copy or "
             "download the folder again."
         ) from None
-    if empty := next((name for name, shape in shapes.items() if 0 in shape), None):
+    empty = next((name for name, shape in shapes.items() if 0 in shape), None)
+    if empty or not shapes:
         raise ModelError(
-            f"{folder / WEIGHTS}: {empty} is empty: one of several processes saved the part that "
-            "it had (DeepSpeed ZeRO-3 or FSDP). Gather the weights where it was trained, for "
-            "example with stage3_gather_16bit_weights_on_model_save, and save it again."
+            f"{folder / WEIGHTS}: {empty or 'the file'} is empty: one of several processes saved "
+            "the part that it had (DeepSpeed ZeRO-3 or FSDP). Gather the weights where it was "
+            "trained, for example with stage3_gather_16bit_weights_on_model_save, and save it "
+            "again."
         )
     if len(shapes) < len(names):
         twice = next(old for old, new in names.items() if old != new and new in names)

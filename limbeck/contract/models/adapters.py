@@ -76,17 +76,28 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
         SafetensorError,
         re.error,  # names of layers may be patterns
     ) as error:
-        problem = f"{base.config._name_or_path or 'its base'}: {_in_one_line(error)}"
-        if getattr(base, "is_quantized", False):
-            kind = "DoRA" if facts.config.get("use_dora") else facts.kind
-            raise ModelError(
-                f"{folder}: peft cannot run this {kind} adapter on the quantised {problem}. Set "
-                "quantize: none for this model."
-            ) from error
-        raise ModelError(
-            f"{folder}: this adapter does not fit {problem}. Name the base that it was trained on "
-            f"({facts.base}), and compare {CONFIG} with the weights beside it."
-        ) from error
+        raise _misfit(folder, facts, base, error) from error
+    _require_matched(folder, facts, base, found)
+    return model.eval().requires_grad_(False)
+
+
+def _misfit(folder: Path, facts: AdapterFacts, base: Any, error: Exception) -> ModelError:
+    """What to say of an error that peft raised while it put the adapter on ``base``."""
+    problem = f"{base.config._name_or_path or 'its base'}: {_in_one_line(error)}"
+    if getattr(base, "is_quantized", False):
+        kind = "DoRA" if facts.config.get("use_dora") else facts.kind
+        return ModelError(
+            f"{folder}: peft cannot run this {kind} adapter on the quantised {problem}. Set "
+            "quantize: none for this model."
+        )
+    return ModelError(
+        f"{folder}: this adapter does not fit {problem}. Name the base that it was trained on "
+        f"({facts.base}), and compare {CONFIG} with the weights beside it."
+    )
+
+
+def _require_matched(folder: Path, facts: AdapterFacts, base: Any, found: Any) -> None:
+    """Raise `ModelError` unless file and model have the same tensors; ``found`` is peft's list."""
     # With a resized embedding, peft writes the modules that it saves twice, under two names.
     unexpected = [
         key
@@ -105,7 +116,6 @@ def attach(model: Any, folder: Path, *, name: str = "default") -> Any:
                 f"{base.config._name_or_path or 'its base'}: {len(keys)} {problem} "
                 f"(for example {keys[0]}). Name the base that it was trained on ({facts.base})."
             )
-    return model.eval().requires_grad_(False)
 
 
 def _is_stored_twice(key: str, lm: Any, file: Path) -> bool:

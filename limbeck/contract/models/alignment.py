@@ -18,14 +18,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from limbeck.contract.data.arrays import Ids
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.tokens import as_written
 from limbeck.contract.recipe import fingerprint
-
-Ids = npt.NDArray[np.int64]
 
 _METASPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -93,7 +91,7 @@ class Pieces:
         return [self.of[i] if i < len(self.of) else b"" for i in ids]
 
     def written(self, ids: Sequence[int]) -> list[bytes]:
-        """As `pieces`, and a special token stands for its own characters."""
+        """As `pieces`, and a special token is read as its own characters."""
         return [self._written.get(i, piece) for i, piece in zip(ids, self.pieces(ids), strict=True)]
 
     def first_of(self, ids: Sequence[int], data: bytes) -> int:
@@ -195,8 +193,7 @@ class Aligner:
     """Writes rows of one tokenizer's tokens in another one's."""
 
     def __init__(self, own: Pieces, other: Pieces, *, same: bool = False) -> None:
-        """``own`` is the tokenizer of the rows: the student's. ``same``: a text has the same ids
-        on both sides."""
+        """``own``: the student's tokenizer. ``same``: any text has the same ids on both sides."""
         self.own, self.other, self.same = own, other, same
 
     def row(self, ids: Sequence[int]) -> Aligned:
@@ -436,8 +433,7 @@ class Relation:
 
     @property
     def renders(self) -> bool:
-        """Whether the other side has the same tokens, and a rendering of its own: it needs whole
-        conversations."""
+        """Whether it has equal tokens but a template of its own; it needs whole conversations."""
         return self.chats == "document"
 
     def __str__(self) -> str:

@@ -40,6 +40,19 @@ def know_wrapper(model_type: object) -> None:
     )
 
 
+def rounding(quantize: str, number: Any, device: Any) -> dict[str, Any]:
+    """Options of `load_pretrained` for weights in `int8` or `nf4`, computed in type ``number``."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantize == "int8",
+        load_in_4bit=quantize == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=number,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
 def load_pretrained(
     auto: Any,
     folder: Path | str,
@@ -152,9 +165,7 @@ def _require_no_rest(folder: Path, unused: set[str]) -> None:
 
 
 def _lacking(missing: Sequence[str], stored: Iterable[str], who: str) -> str:
-    """Why weights are missing, as far as the names of the ``stored`` ones that nobody asked for
-    tell.
-    """
+    """Why weights are missing, as far as the unused names among the ``stored`` ones tell."""
     lacks = f"{who} it lacks {len(missing)} of its weights (for example {', '.join(missing[:3])})"
     tail = missing[0].partition(".")[2]
     if wrapped := next((n for n in stored if n.startswith(_WRAPPERS)), None):

@@ -53,9 +53,7 @@ _LONGEST_PART = 1.0  # seconds; SmolLM2's patterns take 0.03 s
 
 
 def require_quick(path: Path, config: Any, names: Sequence[str]) -> None:
-    """Raise `ModelError` if a pattern in ``config``, read from ``path``, takes too much time or
-    memory on the ``names`` of the layers.
-    """
+    """Raise `ModelError` if a pattern in ``config`` takes too long on the layers' ``names``."""
     patterns = sorted({text for text in _texts(config) if _REPEATS.search(text)})
     if not patterns:
         return
@@ -70,8 +68,7 @@ def require_quick(path: Path, config: Any, names: Sequence[str]) -> None:
 
 def require_quick_tokenizer(path: Path, tree: Mapping[str, Any]) -> None:
     """Raise `ModelError` if a pattern in ``tree``, read from the tokenizer.json at ``path``, takes
-    too much time or memory on texts of 256 characters of a kind.
-    """
+    too much time or memory on texts of 256 characters of a kind."""
     parts = {name: tree.get(name) for name in _PARTS}
     if '"Regex": ' not in (written := json.dumps(parts)):
         return

@@ -52,8 +52,7 @@ _OURS = re.compile(r"LIMBECK_[A-Z0-9_]+|OPENAI_API_KEY")
 
 
 def allow_keys(names: Iterable[str]) -> None:
-    """Let recipes of this process, and of those it starts, send the environment variables
-    ``names``."""
+    """Let recipes of this process and its children send these environment variables."""
     if names := [*names]:
         os.environ[ALLOWED] = ",".join([*_allowed(), *names])
 
@@ -73,7 +72,11 @@ def _may_be_sent(name: str) -> str:
     return name
 
 
-KeyVariable = Annotated[str, AfterValidator(_may_be_sent)]
+KeyVariable = Annotated[
+    str,
+    AfterValidator(_may_be_sent),
+    Field(description="Environment variable that holds the API key, if it is set."),
+]
 
 
 def mistake_of_address(url: str) -> str | None:

@@ -65,9 +65,7 @@ class UrlTarget(Frozen):
     model: str | None = Field(
         None, description="Name of the model there; default: the first that it lists."
     )
-    key_variable: KeyVariable = Field(
-        "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
-    )
+    key_variable: KeyVariable = "OPENAI_API_KEY"
 
 
 ServerTarget = Annotated[
@@ -149,9 +147,7 @@ class OpenAiRuntime(Frozen):
     model: str | None = Field(
         None, description="Name of the model there; default: the first that it lists."
     )
-    key_variable: KeyVariable = Field(
-        "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
-    )
+    key_variable: KeyVariable = "OPENAI_API_KEY"
 
 
 ExtraRuntime = Annotated[

@@ -1,5 +1,4 @@
-"""Mistakes in a recipe that no single field shows: each check yields one line a mistake, with its
-remedy."""
+"""Mistakes that no single field of a recipe shows: one line each, with its remedy."""
 
 from __future__ import annotations
 

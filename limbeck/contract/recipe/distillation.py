@@ -105,6 +105,14 @@ Student = Annotated[
 # Fusion -------------------------------------------------------------------------------------------
 
 Granularity = Literal["token", "sequence", "batch"]
+EntropySpan = Annotated[Granularity, Field(description="Span over which the entropy is averaged.")]
+SurpriseSpan = Annotated[
+    Granularity, Field(description="Span over which the label's surprise is averaged.")
+]
+Sharpness = Annotated[
+    Positive, Field(description="Softmax temperature, in nats; smaller is sharper.")
+]
+Floor = Annotated[Fraction, Field(description="Share spread evenly over all teachers.")]
 
 
 class UniformWeights(Frozen):
@@ -126,13 +134,9 @@ class EntropyWeights(Frozen):
     """The paper's form: (1 - floor) softmax(-H / sharpness) + floor / K."""
 
     kind: Literal["entropy"]
-    granularity: Granularity = Field(
-        "token", description="Span over which the entropy is averaged."
-    )
-    sharpness: Positive = Field(
-        0.3, description="Softmax temperature, in nats; smaller is sharper."
-    )
-    floor: Fraction = Field(0.05, description="Share spread evenly over all teachers.")
+    granularity: EntropySpan = "token"
+    sharpness: Sharpness = 0.3
+    floor: Floor = 0.05
     warmup: Fraction = Field(
         0.0, description="Share of the training over which weights move from uniform."
     )
@@ -147,28 +151,22 @@ class InverseEntropyWeights(Frozen):
     """Proportional to 1 / (H + 0.01 nats)."""
 
     kind: Literal["inverse_entropy"]
-    granularity: Granularity = Field(
-        "token", description="Span over which the entropy is averaged."
-    )
-    floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
+    granularity: EntropySpan = "token"
+    floor: Floor = 0.0
 
 
 class EbkdWeights(Frozen):
     """(1 - H_k / sum H) / (K - 1), with 0.01 nats added to each H."""
 
     kind: Literal["ebkd"]
-    granularity: Granularity = Field(
-        "token", description="Span over which the entropy is averaged."
-    )
+    granularity: EntropySpan = "token"
 
 
 class CaMkdWeights(Frozen):
     """Confidence by label: (1 - softmax(CE)_k) / (K - 1), after CA-MKD (arXiv 2201.00007)."""
 
     kind: Literal["ca_mkd"]
-    granularity: Granularity = Field(
-        "token", description="Span over which the label's surprise is averaged."
-    )
+    granularity: SurpriseSpan = "token"
 
 
 class LabelWeights(Frozen):
@@ -176,13 +174,9 @@ class LabelWeights(Frozen):
     causal."""
 
     kind: Literal["label"]
-    granularity: Granularity = Field(
-        "sequence", description="Span over which the label's surprise is averaged."
-    )
-    sharpness: Positive = Field(
-        0.1, description="Softmax temperature, in nats; smaller is sharper."
-    )
-    floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
+    granularity: SurpriseSpan = "sequence"
+    sharpness: Sharpness = 0.1
+    floor: Floor = 0.0
 
 
 class CorrectedEntropyWeights(Frozen):
@@ -190,10 +184,8 @@ class CorrectedEntropyWeights(Frozen):
     entropy)."""
 
     kind: Literal["corrected_entropy"]
-    sharpness: Positive = Field(
-        0.3, description="Softmax temperature, in nats; smaller is sharper."
-    )
-    floor: Fraction = Field(0.05, description="Share spread evenly over all teachers.")
+    sharpness: Sharpness = 0.3
+    floor: Floor = 0.05
 
 
 class PosteriorWeights(Frozen):
@@ -210,7 +202,7 @@ class PosteriorWeights(Frozen):
     entropy: Annotated[Float, Field(ge=0)] = Field(
         0.0, description="Weight of -H in the log prior, a nat."
     )
-    floor: Fraction = Field(0.0, description="Share spread evenly over all teachers.")
+    floor: Floor = 0.0
 
 
 Weights = Annotated[
@@ -403,7 +395,13 @@ class OnPolicy(Frozen):
     )
 
 
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...],
+    Field(
+        description="Experiment trackers that get the numbers of the log too, beside the student "
+        "and offline unless their own environment variables say otherwise; each needs its package."
+    ),
+]
 
 
 class Training(Frozen):
@@ -458,8 +456,4 @@ class Training(Frozen):
     patience: Count | None = Field(
         None, description="Measurements without a better held-out NLL before stopping."
     )
-    trackers: tuple[Tracker, ...] = Field(
-        (),
-        description="Experiment trackers that get the numbers of the log too, beside the student "
-        "and offline unless their own environment variables say otherwise; each needs its package.",
-    )
+    trackers: Trackers = ()

@@ -33,7 +33,7 @@ from limbeck.contract.recipe.distillation import (
     LabelWeights,
     Sizes,
     StaticWeights,
-    Tracker,
+    Trackers,
     UniformWeights,
 )
 from limbeck.contract.recipe.export import (
@@ -249,11 +249,7 @@ class EncoderTraining(Frozen):
     checkpoint_every: Count = Field(
         50, description="Steps between checkpoints of a run that may be interrupted."
     )
-    trackers: tuple[Tracker, ...] = Field(
-        (),
-        description="Experiment trackers that get the numbers of the log too, beside the student "
-        "and offline unless their own environment variables say otherwise; each needs its package.",
-    )
+    trackers: Trackers = ()
 
 
 # Export, measurement ------------------------------------------------------------------------------

@@ -52,16 +52,21 @@ class Int8DynamicForm(Frozen):
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
 
+RangeChoice = Annotated[
+    Literal["min-max", "percentile", "entropy"],
+    Field(
+        description="How the range of each activation is chosen from training text; held-out text "
+        "is for judging the form."
+    ),
+]
+
+
 class Int8StaticForm(Frozen):
     """Quantise, dequantise and MatMul (QDQ): as int8-dynamic, but with a scale a tensor measured on
     training text beforehand."""
 
     kind: Literal["int8-static"]
-    calibration: Literal["min-max", "percentile", "entropy"] = Field(
-        "min-max",
-        description="How the range of each activation is chosen from training text; held-out text "
-        "is for judging the form.",
-    )
+    calibration: RangeChoice = "min-max"
     reduce_range: bool | None = Field(None, description=_REDUCE)
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
@@ -71,11 +76,7 @@ class Int8TrtForm(Frozen):
     weights, measured on training text."""
 
     kind: Literal["int8-trt"]
-    calibration: Literal["min-max", "percentile", "entropy"] = Field(
-        "min-max",
-        description="How the range of each activation is chosen from training text; held-out text "
-        "is for judging the form.",
-    )
+    calibration: RangeChoice = "min-max"
     smooth: Fraction | None = Field(None, description=_SMOOTH)
 
 
@@ -117,35 +118,17 @@ class GgufQ4Form(Frozen):
 GgufForm = GgufF16Form | GgufQ8Form | GgufQ4Form  # never ships: onnxruntime does not run it
 
 
-Form = Annotated[
-    Annotated[
-        Fp32Form
-        | Fp16Form
-        | Int8WeightForm
-        | Int8DynamicForm
-        | Int8StaticForm
-        | Int8TrtForm
-        | Int4WeightForm,
-        Field(discriminator="kind"),
-    ],
-    SHORTHAND,
-]
-_AnyForm = Annotated[
-    Annotated[
-        Fp32Form
-        | Fp16Form
-        | Int8WeightForm
-        | Int8DynamicForm
-        | Int8StaticForm
-        | Int8TrtForm
-        | Int4WeightForm
-        | GgufF16Form
-        | GgufQ8Form
-        | GgufQ4Form,
-        Field(discriminator="kind"),
-    ],
-    SHORTHAND,
-]
+GraphForm = (
+    Fp32Form
+    | Fp16Form
+    | Int8WeightForm
+    | Int8DynamicForm
+    | Int8StaticForm
+    | Int8TrtForm
+    | Int4WeightForm
+)
+Form = Annotated[Annotated[GraphForm, Field(discriminator="kind")], SHORTHAND]
+_AnyForm = Annotated[Annotated[GraphForm | GgufForm, Field(discriminator="kind")], SHORTHAND]
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
 # Forms that an execution provider of ONNX Runtime has no kernels for: what would happen, and the

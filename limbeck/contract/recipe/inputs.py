@@ -141,9 +141,7 @@ class ServerModel(Frozen):
     top: Count = Field(
         64, description="Likeliest tokens asked for at a position; the server must allow as many."
     )
-    key_variable: KeyVariable = Field(
-        "OPENAI_API_KEY", description="Environment variable that holds the API key, if it is set."
-    )
+    key_variable: KeyVariable = "OPENAI_API_KEY"
     concurrency: Count = Field(8, description="Requests under way at once.")
     timeout: Positive = Field(300.0, description="Longest wait for an answer, in seconds.")
     retries: Int = Field(
@@ -308,8 +306,7 @@ TextFormat = Annotated[
     PlainText | JsonLines | ParquetRows | Rows | ChatRows | PythonStrings | MailText,
     Field(discriminator="kind"),
 ]
-
-
+_WHOLE, _CUT = PlainText(kind="text"), "How a file is cut into documents."
 RowFormat = Annotated[Rows | ChatRows, Field(discriminator="kind")]
 
 
@@ -320,9 +317,7 @@ class FileText(Frozen):
     paths: tuple[Glob, ...] = Field(
         min_length=1, description="Paths or globs, absolute or relative to the recipe file."
     )
-    format: TextFormat = Field(
-        PlainText(kind="text"), description="How a file is cut into documents."
-    )
+    format: TextFormat = Field(_WHOLE, description=_CUT)
 
 
 class PackageText(Frozen):
@@ -334,9 +329,7 @@ class PackageText(Frozen):
     paths: tuple[Glob, ...] = Field(
         min_length=1, description="Paths or globs inside site-packages."
     )
-    format: TextFormat = Field(
-        PlainText(kind="text"), description="How a file is cut into documents."
-    )
+    format: TextFormat = Field(_WHOLE, description=_CUT)
 
 
 class NpmText(Frozen):
@@ -347,9 +340,7 @@ class NpmText(Frozen):
     package: NpmName = Field(description="Name in the npm registry, scope included.")
     version: str = Field(description="Exact version.")
     paths: tuple[Glob, ...] = Field(min_length=1, description="Paths or globs inside the package.")
-    format: TextFormat = Field(
-        PlainText(kind="text"), description="How a file is cut into documents."
-    )
+    format: TextFormat = Field(_WHOLE, description=_CUT)
 
 
 class StdlibText(Frozen):
@@ -359,9 +350,7 @@ class StdlibText(Frozen):
     paths: tuple[Glob, ...] = Field(
         min_length=1, description="Paths or globs inside the standard library's folder."
     )
-    format: TextFormat = Field(
-        PlainText(kind="text"), description="How a file is cut into documents."
-    )
+    format: TextFormat = Field(_WHOLE, description=_CUT)
 
 
 class DatasetText(Frozen):

@@ -1,5 +1,4 @@
-"""One line for each mistake in a recipe: its place, the value found, the value expected, the
-remedy."""
+"""One line a mistake in a recipe: place, value found, value expected, remedy."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ def explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
 def _locate(
     loc: tuple[Any, ...], tree: Any, root: type[BaseModel]
 ) -> tuple[list[Any], type[BaseModel] | None]:
-    """Turn pydantic's location into the YAML path (union tags dropped) and the model the last key
-    belongs to."""
+    """YAML path of pydantic's location (without union tags), and the model of its last key."""
     path: list[Any] = []
     annotation: Any = root
     owner: type[BaseModel] | None = None

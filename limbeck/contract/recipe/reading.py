@@ -6,6 +6,7 @@ Knows no particular recipe.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,8 +35,7 @@ M = TypeVar("M", bound=BaseModel)
 def read_tree(
     reference: str | Path, *, overrides: Sequence[str] = (), folder: Path | None = None
 ) -> tuple[Path, str, dict[str, Any]]:
-    """Path, text and plain data of a recipe, its `extends` and the overrides applied. Raises
-    `RecipeError`."""
+    """Path, text and plain data of a recipe, with overrides applied. Raises `RecipeError`."""
     path = find_recipe(reference, folder=folder)
     text, tree = _read(path, seen=())
     for override in overrides:
@@ -78,15 +78,14 @@ def _refuse_all(where: str, mistakes: Sequence[str]) -> None:
 
 
 def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
-    """Path of a recipe given as a file or as a shipped name such as
-    ``smollm2/135m-two-experts``."""
+    """Path of a recipe given as a file or as a name such as ``smollm2/135m-two-experts``."""
     try:
-        path = (folder or Path.cwd()) / Path(reference).expanduser()
+        path = (folder or Path.cwd()) / os.path.expanduser(reference)
         if path.is_file():
             return path.resolve()
     except FileNotFoundError:  # of the working directory; the command line explains it
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # too long, `~nosuchuser`, a NUL
+    except (OSError, ValueError) as error:  # too long, or a NUL in it
         raise RecipeError(f"{str(reference)[:100]}: no path of a recipe ({error}).") from None
     shipped = RECIPES / f"{str(reference).removeprefix('recipes/').removesuffix('.yaml')}.yaml"
     if "\0" not in str(reference) and shipped.is_file():
@@ -106,8 +105,7 @@ def find_recipe(reference: str | Path, *, folder: Path | None = None) -> Path:
 
 
 def portable_reference(path: Path) -> str:
-    """How a recipe's file is named in another recipe: a shipped one by its name, which every
-    machine with Limbeck knows."""
+    """How another recipe names this file: a shipped recipe by its name, which holds everywhere."""
     return next(
         (name for name, shipped in shipped_recipes() if shipped.resolve() == path.resolve()),
         str(path),
@@ -115,15 +113,13 @@ def portable_reference(path: Path) -> str:
 
 
 def shipped_recipes() -> list[tuple[str, Path]]:
-    """Name and path of every recipe in the wheel, sorted."""
-    return [
-        (str(p.relative_to(RECIPES).with_suffix("")), p) for p in sorted(RECIPES.rglob("*.yaml"))
-    ]
+    """Name and path of every recipe in the wheel, sorted by name."""
+    paths = RECIPES.rglob("*.yaml")
+    return sorted((str(path.relative_to(RECIPES).with_suffix("")), path) for path in paths)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
-    """Text and plain data of a recipe file, with that of the recipes it extends; ``seen`` leads to
-    it."""
+    """Text and plain data of a recipe file and those it extends; ``seen`` leads to it."""
     if path in seen:
         chain = " -> ".join(str(p) for p in (*seen, path))
         raise RecipeError(f"{path}: extends itself ({chain}); remove one `extends`.")
@@ -167,8 +163,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
 
 
 def _extended(base: str, path: Path) -> Path:
-    """The file that a recipe extends. Only YAML files: a recipe of a stranger cannot point at just
-    any file."""
+    """The YAML file that a recipe extends; a stranger's recipe cannot name any other file."""
     try:
         found = find_recipe(base, folder=path.parent)
     except RecipeError as error:
@@ -201,8 +196,7 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def apply_override(tree: dict[str, Any], override: str, path: Path) -> None:
-    """Set one ``key=value`` in plain data; ``path`` names the recipe in errors. Raises
-    `RecipeError`."""
+    """Set one ``key=value`` in plain data of the recipe ``path``. Raises `RecipeError`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(

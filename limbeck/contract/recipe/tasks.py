@@ -1,5 +1,4 @@
-"""Recipes of any task. The one place of this package that chooses a recipe's class by its
-`task`."""
+"""Recipes of any task; the only place that chooses a recipe's class by its `task`."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ def load_any_recipe(
 
 
 def parse_any_recipe(tree: Mapping[str, Any], *, where: str = "recipe") -> AnyRecipe:
-    """Build a recipe of the task that the plain data names; ``where`` names it in errors. Raises
-    `RecipeError`."""
+    """Build a recipe from plain data; ``where`` names it in errors. Raises `RecipeError`."""
     match tree.get("task"):
         case "classification":
             return parse_as(
@@ -95,8 +93,7 @@ class _BenchPart(Frozen):
 
 
 def load_bench(overrides: Sequence[str] = ()) -> Bench:
-    """The `bench:` part of a recipe by itself: defaults and ``bench.key=value`` overrides. Raises
-    `RecipeError`."""
+    """The `bench:` part alone: defaults and ``bench.key=value``. Raises `RecipeError`."""
     part: dict[str, Any] = {"bench": {"minutes": 1.0}}
     for override in overrides:
         if not override.startswith("bench."):

@@ -54,6 +54,12 @@ def require_pooling(folder: Path, teacher: EmbeddingTeacher) -> None:
                     f"{folder}: it pools token states by {mode} ({module.get('path')}); set "
                     f"pooling: {mode} for this teacher."
                 )
+    if prompt := _default_prompt(folder):
+        raise ModelError(
+            f"{folder}: config_sentence_transformers.json puts {prompt!r} before every text "
+            "(default_prompt_name). Limbeck gives a teacher the text as it is, and the student "
+            "would need the prompt too: write it into your texts, and take default_prompt_name out."
+        )
     if _lowers_text(folder):
         raise ModelError(
             f"{folder}: sentence_bert_config.json has do_lower_case, and its tokenizer keeps "
@@ -78,6 +84,14 @@ def _modes(path: Path) -> list[str]:
     prefix = "pooling_mode_"
     return [name.removeprefix(prefix) for name, on in config.items()
             if name.startswith(prefix) and on is True]  # fmt: skip
+
+
+def _default_prompt(folder: Path) -> str:
+    """What sentence-transformers puts before a text that asks for no prompt by name."""
+    path = folder / "config_sentence_transformers.json"
+    config = read_object(path) if path.is_file() else {}
+    prompts, name = config.get("prompts"), config.get("default_prompt_name")
+    return str(prompts.get(name) or "") if isinstance(prompts, dict) and name else ""
 
 
 def _lowers_text(folder: Path) -> bool:

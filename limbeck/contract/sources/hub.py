@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import urllib.parse
 import urllib.request
@@ -130,6 +129,5 @@ def _cached_snapshot(repository: str, revision: str | None = None) -> Path | Non
 
 
 def _hub_cache() -> Path:
-    """Cache folder of hub models. The hub downloader's chunks go below it too."""
-    os.environ.setdefault("HF_XET_CACHE", str(cache_folder() / "hub" / "xet"))
+    """Cache folder of hub models."""
     return cache_folder() / "hub"

@@ -34,6 +34,7 @@ from limbeck.contract.recipe import (
     TextSource,
 )
 from limbeck.contract.recipe.reading import load_yaml_texts
+from limbeck.contract.sources.gguf import quick_reader
 from limbeck.contract.sources.models import model_path
 from limbeck.contract.sources.places import npm_root, read_object
 
@@ -182,9 +183,7 @@ def _of_readme(folder: Path) -> Licence:
 
 
 def _of_gguf(path: Path) -> Licence:
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
+    fields = quick_reader()(path).fields
     name, other = (
         fields[key].contents() if key in fields else None
         for key in ("general.license", "general.license.name")

@@ -159,14 +159,21 @@ def require_fits(folder: Path, *, block: int | None = None, exported: bool = Fal
     tokenizer only. A value that they do not give is not checked.
     """
     config = read_object(folder / "config.json")
+    require_reads(config, f"{folder}: ", block=block, exported=exported)
+    if (size := tokenizer_size(folder)) is not None:
+        require_rows(folder, size)
+
+
+def require_reads(
+    config: Mapping[str, Any], where: str = "", *, block: int | None, exported: bool = False
+) -> None:
+    """As `require_fits`, of a configuration alone; ``where`` begins the message."""
     context = exported_context(config) if exported else context_in(config)
     if block is not None and context is not None and block > context:
         raise ModelError(
-            f"{folder}: data.block is {block}, but the model reads {context} tokens at most; set "
+            f"{where}data.block is {block}, but the model reads {context} tokens at most; set "
             f"data.block to {context} or less."
         )
-    if (size := tokenizer_size(folder)) is not None:
-        require_rows(folder, size)
 
 
 def require_rows(folder: Path, size: int) -> None:
@@ -181,9 +188,25 @@ def require_rows(folder: Path, size: int) -> None:
         )
 
 
+def stated_ends(file: Path) -> list[int]:
+    """Ids of the end tokens in a generation_config.json or config.json, none if it is not there.
+
+    Raises `ModelError` for what is no id: transformers keeps it until the first text is written.
+    """
+    ends = read_object(file).get("eos_token_id") if file.is_file() else None
+    several = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(type(end) is not int for end in several):
+        raise ModelError(
+            f"{file}: eos_token_id: found {ends!r}; expected the id of a token, such as 2, or a "
+            "list of ids. Correct the file."
+        )
+    return [end for end in several if end >= 0]
+
+
 def require_language_model(folder: Path) -> None:
     """Raise `ModelError` unless config.json is that of a model that continues a text."""
     config = read_object(folder / "config.json")
+    stated_ends(folder / "generation_config.json")
     named = config.get("architectures")
     kind = str(named[0]) if isinstance(named, list) and named else ""
     layers = _text_config(config).get("num_hidden_layers")

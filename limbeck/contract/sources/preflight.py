@@ -10,6 +10,7 @@ from limbeck.contract.models.adapter_files import adapter_facts
 from limbeck.contract.recipe import (
     AnyRecipe,
     EmbeddingTeacher,
+    FreshStudent,
     HubModel,
     LocalModel,
     ModelSource,
@@ -17,6 +18,7 @@ from limbeck.contract.recipe import (
     PackageModel,
     ParquetRows,
     PlainText,
+    RandomModel,
     RecipeModel,
     ServerModel,
     find_recipe,
@@ -28,6 +30,7 @@ from limbeck.contract.sources.models import (
     package_pieces,
     require_fits,
     require_language_model,
+    require_reads,
     require_shrunk,
     require_tokenizer,
     tokenizer_path,
@@ -101,9 +104,15 @@ def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
         models.append(("student.base", recipe.base))
     # An adapter may bring the tokenizer.
     adapted = {f"teachers.{i}" for i, n in enumerate(recipe.teacher_models) if n in recipe.adapters}
+    if isinstance(recipe.student, FreshStudent):
+        made = RandomModel(kind="random", config=recipe.student.config)
+        models.append(("student.config", made))
     for where, source in models:
         try:
-            if isinstance(source, RecipeModel):
+            if isinstance(source, RandomModel):
+                own = where.startswith("student.")
+                require_reads(source.config, block=recipe.block, exported=own)
+            elif isinstance(source, RecipeModel):
                 find_recipe(source.recipe, folder=recipe.folder)
             elif isinstance(source, ServerModel):
                 tokenizer_path(source.tokenizer, folder=recipe.folder)

@@ -120,6 +120,23 @@ def _require_whole(folder: Path) -> None:
         )
 
 
+def _plain_type(folder: Path) -> str | None:
+    """The number type of a model's first weight if all of them are plain numbers, else None.
+
+    Every quantised form has codes of 8 or 32 bits beside its scales.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    types: list[str] = []
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "np") as file:
+                types += [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError):  # named when the weights are read
+        return None
+    return types[0] if types and set(types) <= {"F64", "F32", "F16", "BF16"} else None
+
+
 def stored_form(folder: Path) -> str | None:
     """The quantised form of a model's weights: int8, nf4, fp4, fp8 or mxfp4; None for plain ones.
 
@@ -138,6 +155,12 @@ def stored_form(folder: Path) -> str | None:
     method = found.get("quant_method")
     if method is None and (found.get("load_in_8bit") or found.get("load_in_4bit")):
         method = "bitsandbytes"  # as older files have it
+    if method not in ("fp8", "mxfp4") and (plain := _plain_type(folder)) is not None:
+        raise ModelError(
+            f"{folder}: config.json has a quantization_config ({method or 'without quant_method'}),"
+            f" but the weights are plain numbers of type {plain}, as those of a merged model are. "
+            "Take quantization_config out of config.json."
+        )
     if method not in _FORMS:
         raise ModelError(
             f"{folder}: its weights are stored as {method}; Limbeck reads plain weights, GGUF, "

@@ -53,9 +53,7 @@ def measure_cold(
 
 
 def start(arm: Arm, prompt: list[int], *, threads: int, log: Path) -> dict[str, float]:
-    """Seconds of each span of one start: interpreter, imports, loading, first token,
-    second token.
-    """
+    """Seconds of each span of one start, from the interpreter to the second token."""
     worker = Worker(arm, threads=threads, log=log)
     try:
         ready = worker.ask("ready")["at"]  # of the same monotonic clock as ours

@@ -57,9 +57,7 @@ class Sizes:
 
 
 def require_server(asked: ServerScenario, artifact: Path | None) -> None:
-    """Raise `EnvironmentalError` when the scenario cannot run, before anything else is measured for
-    long.
-    """
+    """Raise `EnvironmentalError` if the scenario cannot run, before anything is measured."""
     if isinstance(asked.target, UrlTarget):
         find_endpoint(asked.target.url, asked.target.model, asked.target.key_variable)
     elif artifact is None:
@@ -114,8 +112,7 @@ def search(
     try_rate: Callable[[float, str], bool], first: float, *, bisections: int, until: float
 ) -> None:
     """Double from ``first`` while rates hold (halve while none does), then bisect between the last
-    that holds and the first that does not.
-    """
+    that holds and the first that does not."""
     holds, fails, rate = 0.0, math.inf, first
     for _ in range(_DOUBLINGS):
         if try_rate(rate, "double"):
@@ -137,8 +134,7 @@ def search(
 
 def arrivals(rate: float, count: int) -> list[float]:
     """Seconds from the first of ``count`` arrivals to each, at ``rate`` a second with exponential
-    gaps; always the same ones.
-    """
+    gaps; always the same ones."""
     gaps = np.random.default_rng((2, round(1e6 * rate))).exponential(1 / rate, count)
     times: list[float] = (np.cumsum(gaps) - gaps[0]).tolist()
     return times
@@ -180,9 +176,7 @@ class Loop:
         return float(np.median([row["at"][-1] for row in rows]))
 
     def at(self, rate: float) -> list[Row]:
-        """One row a request, as in samples.jsonl, of arrivals at ``rate`` requests/s with
-        exponential gaps.
-        """
+        """One row a request, as in samples.jsonl, of random arrivals at ``rate`` requests/s."""
         due = arrivals(rate, self._asked.requests)
         bodies = self._bodies(len(due))
 

@@ -1,6 +1,4 @@
-"""The offline scenario: how many tokens a second batches give, over a grid of batch, prompt and
-output sizes.
-"""
+"""The offline scenario: tokens a second over batch, prompt and output sizes."""
 
 from __future__ import annotations
 

@@ -49,6 +49,9 @@ class Replicas:
     fewest: int
     most: int
 
+    def __str__(self) -> str:
+        return str(self.fewest) if self.fewest == self.most else f"{self.fewest} to {self.most}"
+
     @staticmethod
     def of(text: str) -> Replicas:
         """Read ``N`` or ``N..M``. Raises `EnvironmentalError`."""
@@ -200,9 +203,7 @@ def serve_on_ray(
             )
         except RuntimeError as error:
             raise EnvironmentalError(f"Ray Serve could not deploy {folder}: {error}") from None
-        fixed = replicas.most == replicas.fewest
-        count = replicas.fewest if fixed else f"{replicas.fewest} to {replicas.most}"
-        title = f"{title[:-1]}, replicas: {count})"
+        title = f"{title[:-1]}, replicas: {replicas})"
         ended = _signalled() if address == LOCAL else None
         if NAME in before.applications:
             say(f"serving {title} in place of what was served before")

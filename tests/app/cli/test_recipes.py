@@ -274,6 +274,8 @@ def test_a_path_may_begin_with_the_home_folder(
         result = call(*arguments)
         assert result.exit_code == 2
         assert "there is no such user here" in result.stderr
+    (tmp_path / "~copy").write_text("a file of the user's")
+    assert "~copy: there is no such user" not in call("report", "~copy").stderr
 
 
 @pytest.mark.parametrize(

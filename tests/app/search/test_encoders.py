@@ -16,7 +16,7 @@ import compress
 from limbeck.app import search as module
 from limbeck.app.cli import app
 from limbeck.app.search import encoders, finals, probes, rounds, search, state, storage, variants
-from limbeck.app.search.candidates import Candidate, fit_speed
+from limbeck.app.search.candidates import Candidate, Search, fit_speed
 from limbeck.app.search.outcome import excess, figures_of, markdown, nearest, rows
 from limbeck.app.search.state import Clock
 from limbeck.contract.errors import ArtifactError, DivergenceError, ModelError, RecipeError
@@ -165,7 +165,7 @@ def test_what_is_too_slow_is_ruled_out_and_the_rest_predicted(tmp_path: Path) ->
     (tmp_path / state.TIMING).write_text(json.dumps(times))
     recipe = classifiers(budget={"latency_ms": 7.1}, search={"probes": 3})
     assert recipe.budget is not None
-    models = probes.predict_speeds(recipe, {}, field, recipe.budget, tmp_path)
+    models = probes.predict_speeds(Search(recipe, {}, field, recipe.budget, tmp_path))
     assert list(models) == ["latency_ms"]
     assert {c.student: c.out for c in field if c.out} == {
         "s8": "predicted latency 8.00 ms",
@@ -209,7 +209,8 @@ def halve(recipe: EncoderRecipe, folder: Path) -> dict[str, Candidate]:
     students = {name: recipe.resolved()["student"] for name in LOSSES}
     clock = Clock(folder / state.SPENT)
     with storage.opened(None, folder, name="students", seed=0) as shared:
-        rounds.halve(recipe, students, field, folder, clock, shared, until=float("inf"))
+        asked = Search(recipe, students, field, recipe.budget, folder)
+        rounds.halve(asked, clock, shared, until=float("inf"))
     return {c.student: c for c in field}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from limbeck.app.search import finals, state
+from limbeck.app.search.candidates import Search
 from limbeck.app.search.outcome import draw, pareto_front
 from limbeck.app.search.state import Clock
 from limbeck.contract.errors import DivergenceError, ParityError
@@ -75,20 +77,19 @@ def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left
     measured: list[str] = []
 
     monkeypatch.setattr(
-        finals, "_measure", lambda _, __, c, *___: _measured(measured, c, c.student == "b")
+        finals, "_measure", lambda _, c, __: _measured(measured, c, c.student == "b")
     )
     recipe = pico(**{"search.finalists": 1})
     assert recipe.budget is not None
-    finals.measure_finalists(
-        recipe, {}, field, recipe.budget, tmp_path, Clock(tmp_path / state.SPENT)
-    )
+    asked, clock = Search(recipe, {}, field, recipe.budget, tmp_path), Clock(tmp_path / state.SPENT)
+    finals.measure_finalists(asked, clock)
     assert measured == ["a", "c", "b"]
     assert field[-1].out == "not among the finalists"
     measured.clear()
     for c in field:
         c.measured, c.verdict = {}, None
     spent = recipe.budget.model_copy(update={"hours": 1e-9})
-    finals.measure_finalists(recipe, {}, field, spent, tmp_path, Clock(tmp_path / state.SPENT))
+    finals.measure_finalists(replace(asked, budget=spent), Clock(tmp_path / state.SPENT))
     assert measured == ["a"]
     # Two are wanted, and time is up after the first; but what was measured before an interruption
     # is not lost.
@@ -100,7 +101,8 @@ def test_the_next_ones_are_measured_while_none_keeps_the_budget_and_time_is_left
         if done:
             (tmp_path / f"finalists/{done}-int8-weight").mkdir(parents=True)
             (tmp_path / f"finalists/{done}-int8-weight/report.json").touch()
-        finals.measure_finalists(two, {}, field, spent, tmp_path, Clock(tmp_path / state.SPENT))
+        asked = Search(two, {}, field, spent, tmp_path)
+        finals.measure_finalists(asked, Clock(tmp_path / state.SPENT))
         assert measured == expected
         assert next(c.out for c in field if c.student == "d") == "no time left to measure it"
 
@@ -130,9 +132,9 @@ def test_a_finalist_is_verified_but_for_its_speed(
     )
     recipe, finalist = pico(), candidate("asked")
     assert recipe.budget is not None
-    finals._measure(
-        recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path
-    )
+    students = {"asked": recipe.resolved()["student"]}
+    search = Search(recipe, students, [finalist], recipe.budget, tmp_path)
+    finals._measure(search, finalist, tmp_path)
     assert (finalist.verdict, finalist.out) == ("pass", None)
     assert finalist.measured == {
         "size": 5e5,
@@ -162,7 +164,7 @@ def test_a_finalist_whose_training_diverged_is_not_called_an_export_that_failed(
             finals.pipeline, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error)
         )
         finalist = candidate("asked")
-        finals._measure(
-            recipe, {"asked": recipe.resolved()["student"]}, finalist, recipe.budget, tmp_path
-        )
+        students = {"asked": recipe.resolved()["student"]}
+        search = Search(recipe, students, [finalist], recipe.budget, tmp_path)
+        finals._measure(search, finalist, tmp_path)
         assert (finalist.out, finalist.verdict) == (said, None)

@@ -18,7 +18,7 @@ import compress
 from limbeck.app import search as module
 from limbeck.app.cli import app
 from limbeck.app.search import finals, language, probes, search, state, variants
-from limbeck.app.search.candidates import Candidate
+from limbeck.app.search.candidates import Candidate, Search
 from limbeck.app.search.language import final_recipe
 from limbeck.app.search.outcome import (
     PICTURE,
@@ -240,7 +240,7 @@ def test_a_form_that_parity_refuses_untrained_is_out_and_the_others_are_timed(
     field, students = [candidate(*pair) for pair in pairs], {name: {"name": name} for name in "abc"}
     recipe = pico()
     assert recipe.budget is not None
-    probes.predict_speeds(recipe, students, field, recipe.budget, tmp_path)
+    probes.predict_speeds(Search(recipe, students, field, recipe.budget, tmp_path))
     refused = (
         "untrained, not exported: the int4-weight graph does not compute what the student computes"
     )
@@ -282,7 +282,7 @@ def test_a_search_whose_time_was_up_says_so_and_goes_on_with_more(
         healed.append(recipe.name)
         goes_on(0, 3.0 + len(healed) / 10)
 
-    def measure(_: Any, __: Any, finalist: Candidate, *___: Any) -> None:
+    def measure(_: Search, finalist: Candidate, __: Path) -> None:
         finalist.late, finalist.verdict = False, "pass"
         finalist.measured = {
             "size": 5e5,
@@ -327,7 +327,8 @@ def test_an_undecided_search_measures_its_finalists_again_when_the_bench_has_lon
         healed.append(recipe.name)
         goes_on(0, 3.0 + len(healed) / 10)
 
-    def measure(recipe: Recipe, _: Any, finalist: Candidate, *__: Any) -> None:
+    def measure(asked: Search, finalist: Candidate, _: Path) -> None:
+        recipe = asked.recipe
         measured.append(recipe.bench.minutes)
         finalist.verdict = "pass" if recipe.bench.minutes > 1 else "undecided"
         finalist.out = None if recipe.bench.minutes > 1 else "measured: 2.0 ms per output token"

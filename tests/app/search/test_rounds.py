@@ -17,7 +17,7 @@ import pytest
 import compress
 from compress.teachers.cache import CachedTeachers
 from limbeck.app.search import finals, rounds, state, storage, variants
-from limbeck.app.search.candidates import Candidate
+from limbeck.app.search.candidates import Candidate, Search
 from limbeck.app.search.state import Clock
 from limbeck.contract.errors import DivergenceError
 from limbeck.contract.recipe import Budget, Recipe
@@ -53,7 +53,8 @@ def halve(folder: Path, *, until: float = float("inf"), **over: Any) -> list[Can
     students = {name: recipe.resolved()["student"] for name in LOSSES}
     clock = Clock(folder / state.SPENT)
     with storage.opened(None, folder, name="students", seed=0) as shared:
-        rounds.halve(recipe, students, candidates, folder, clock, shared, until=until)
+        asked = Search(recipe, students, candidates, recipe.budget, folder)
+        rounds.halve(asked, clock, shared, until=until)
     return candidates
 
 

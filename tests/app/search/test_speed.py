@@ -9,7 +9,7 @@ import pytest
 
 from limbeck.app import search as module
 from limbeck.app.search import language, probes, state, variants
-from limbeck.app.search.candidates import Candidate, fit_speed
+from limbeck.app.search.candidates import Candidate, Search, fit_speed
 from limbeck.app.search.outcome import missed_bound
 from limbeck.contract.recipe import Budget, Recipe
 from tests.app.search.candidates import candidate, pico
@@ -47,7 +47,7 @@ def timed_field(folder: Path, **bounds: float) -> dict[str, Candidate]:
     (folder / state.TIMING).write_text(json.dumps(times))
     recipe = pico(budget=bounds, **{"search.probes": 3})
     assert recipe.budget is not None
-    probes.predict_speeds(recipe, {}, field, recipe.budget, folder)
+    probes.predict_speeds(Search(recipe, {}, field, recipe.budget, folder))
     return {c.student: c for c in field}
 
 
@@ -97,7 +97,7 @@ def test_what_this_machine_has_no_memory_to_train_is_ruled_out(
         planned.clear()
         monkeypatch.setattr(module, "training_memory", lambda made: memory(made, here=here))
         field = language.sized(recipe, students)
-        module._rule_out_memory(recipe, students, field, budget)
+        module._rule_out_memory(Search(recipe, students, field, budget, Path()))
         return {c.student for c in field if c.out is None}, field
 
     cuts = {"cut-4x128", "cut-2x128", "cut-1x128"}

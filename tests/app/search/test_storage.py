@@ -26,7 +26,7 @@ import compress
 from limbeck.app import search as module
 from limbeck.app.cli import app
 from limbeck.app.search import finals, language, on_ray, rounds, search, state, storage
-from limbeck.app.search.candidates import Candidate
+from limbeck.app.search.candidates import Candidate, Search
 from limbeck.app.search.outcome import Found
 from limbeck.contract.errors import EnvironmentalError, UserError
 from tests.app.search.candidates import LOSSES, pico
@@ -43,7 +43,7 @@ SPACE: dict[str, Any] = {
 }
 
 
-def measure(_: Any, __: Any, finalist: Candidate, *___: Any) -> None:
+def measure(_: Search, finalist: Candidate, __: Path) -> None:
     """Stands in for a finalist's whole job."""
     finalist.verdict, finalist.out = "pass", None
     finalist.measured = {"size": 5e5, "tpot_ms": 2.0, "ttft_ms": 9.0, "nll": finalist.nll or 9.0}

@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compress.chunked import fused_loss
 from compress.head import Head
-from compress.loss import fused_loss, plain_loss
+from compress.loss import plain_loss
 from compress.states import TeacherStates
 from limbeck.contract.recipe import EntropyWeights, Fusion
 from tests.benchmarks.memory import peak_growth

@@ -16,16 +16,19 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import compress
-from limbeck.app.products import plan_products
+from limbeck.app.run import make_products
+from limbeck.contract.data.heldout import Blocks
 from limbeck.contract.recipe import OnPolicy, Recipe, load_recipe, parse_recipe
 
 BASE = "smollm2/135m-two-experts"
+LOSS_BLOCKS = 12  # at least, of each domain
 ARMS: dict[str, dict[str, Any] | None] = {"off-policy": None, "own": {"share": 0.5}}
 
 
@@ -54,16 +57,17 @@ def measure(recipe: Recipe, products: dict[str, Path], prompts: int) -> dict[str
 
     with tempfile.TemporaryDirectory() as folder:
         run = setup(recipe=recipe, products=products, work=Path(folder), key="own-text")
+        assert isinstance(run.task, LanguageTask)
+        held = [(d, row) for d, b in enumerate(run.task.blocks) for row in b.heldout.input_ids]
+        # All blocks begin prompts; a part of them, from all over the corpus, measures the loss.
+        run.task.blocks = [replace(b, heldout=_some(b.heldout)) for b in run.task.blocks]
         measure_teachers(run)
         started = time.monotonic()
         fit(run)
         seconds = time.monotonic() - started
-    task = run.task
-    assert isinstance(task, LanguageTask)
-    sampling = OnPolicy()
+    task, sampling = run.task, OnPolicy()
     own = OwnText(recipe, sampling, load_tokenizer(task.folder), vocabulary=task.vocabulary)
     # One seed for all arms and seeds of training: the same numbers continue the same prompts.
-    held = [(d, row) for d, b in enumerate(task.blocks) for row in b.heldout.input_ids]
     asked = [
         Prompt(index, domain, (0, 0, index), row[: sampling.prompts.tokens].tolist())
         for index, (domain, row) in enumerate(held[:prompts])
@@ -79,6 +83,11 @@ def measure(recipe: Recipe, products: dict[str, Path], prompts: int) -> dict[str
         "seconds": seconds,
         "prompts": len(asked),
     }
+
+
+def _some(blocks: Blocks) -> Blocks:
+    step = max(1, len(blocks) // LOSS_BLOCKS)
+    return Blocks(*(getattr(blocks, each.name)[::step] for each in fields(blocks)))
 
 
 def main() -> None:
@@ -97,10 +106,7 @@ def main() -> None:
     settings = f"{asked.divergence}, {asked.tokens} tokens, {asked.prompts} prompts"
     kept = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     runs: dict[str, dict[str, float]] = kept.setdefault(settings, {})
-    plan = plan_products(load_recipe(BASE))
-    for product in plan.order:
-        made = product.recipe
-        compress.distill(recipe=made, out=product.student, products=product.artifacts)
+    products = make_products(load_recipe(BASE))
     for seed in range(asked.seeds):
         for arm in ARMS:
             name = f"{arm}/{seed}"
@@ -110,7 +116,7 @@ def main() -> None:
                 print(f"{asked.minutes:g} minutes are up before {name}; start again to go on")
                 break
             recipe = recipe_of(arm, seed, asked)
-            runs[name] = measure(recipe, plan.artifacts, asked.prompts)
+            runs[name] = measure(recipe, products, asked.prompts)
             asked.out.write_text(json.dumps(kept, indent=1))
             print(name, {key: round(value, 4) for key, value in runs[name].items()})
     whole = [s for s in range(asked.seeds) if all(f"{arm}/{s}" in runs for arm in ARMS)]

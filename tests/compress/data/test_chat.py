@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import compress
 from compress.data.blocks import conversations, labels_of, load_blocks
-from compress.data.chat import render
+from compress.data.chat import Chat
 from compress.data.conversations import Conversation
 from compress.data.documents import documents
 from compress.data.packing import Piece, tokenise
@@ -60,7 +60,7 @@ def answers_of(piece: Piece, tokenizer: Any) -> list[str]:
 def test_exactly_the_answers_are_scored(template: str, turns: list[str]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    text, spans = render(Conversation(chat(*turns)), tokenizer, template, "here")
+    text, spans = Chat(Conversation(chat(*turns)), tokenizer, template, "here").render()
     end = "<|end|>" if template is CHAT else ""
     expected = [turn + end for turn in turns[1::2]]
     assert [text[a:b] for a, b in spans] == [e for e in expected if e]
@@ -89,7 +89,7 @@ def test_answers_are_what_the_template_made_of_them(
     template: str, turns: tuple[str], expected: list[str]
 ) -> None:
     tokenizer = make_tokenizer()
-    text, spans = render(Conversation(chat(*turns)), tokenizer, template, "here")
+    text, spans = Chat(Conversation(chat(*turns)), tokenizer, template, "here").render()
     assert answers_of(Piece(text, tuple(spans)), tokenizer) == expected
 
 
@@ -121,7 +121,7 @@ def test_answers_are_what_the_template_made_of_them(
 )
 def test_templates_that_hide_the_answers_are_refused(template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        render(Conversation(chat("a", "b")), make_tokenizer(), template, "here")
+        Chat(Conversation(chat("a", "b")), make_tokenizer(), template, "here").render()
 
 
 # Each asks for an answer in other words than it writes around one.
@@ -135,7 +135,7 @@ THINKS = (
 def test_a_prompt_that_begins_an_answer_which_the_text_lacks(turns: tuple[str, ...]) -> None:
     """The answer is what follows the part of the prompt that the text has."""
     tokenizer = make_tokenizer()
-    text, spans = render(Conversation(chat(*turns)), tokenizer, THINKS, "here")
+    text, spans = Chat(Conversation(chat(*turns)), tokenizer, THINKS, "here").render()
     assert [text[a:b] for a, b in spans] == [f"{turn}<|end|>" for turn in turns[1::2]]
     assert all(text[:a].endswith("<|assistant|>") for a, _ in spans)
 
@@ -146,7 +146,7 @@ def test_a_tokenizer_without_special_tokens_has_no_token_behind_an_answer() -> N
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tree)))
     assert not tokenizer.added_tokens_decoder
     template = "{% for m in messages %}{{ m.content }}<|end|>\n{% endfor %}"
-    text, spans = render(Conversation(chat("a", "b")), tokenizer, template, "here")
+    text, spans = Chat(Conversation(chat("a", "b")), tokenizer, template, "here").render()
     assert [text[a:b] for a, b in spans] == ["b"]
 
 
@@ -161,7 +161,7 @@ def test_a_tokenizer_without_special_tokens_has_no_token_behind_an_answer() -> N
 def test_text_around_an_answer_that_depends_on_it_is_refused(template: str) -> None:
     """It cannot be known whether such text is part of the answer."""
     with pytest.raises(DataError, match=r"here: .* cannot be separated from the rest"):
-        render(Conversation(chat("a", "b")), make_tokenizer(), template, "here")
+        Chat(Conversation(chat("a", "b")), make_tokenizer(), template, "here").render()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow"])

@@ -17,6 +17,7 @@ from compress import distill
 from compress.data.blocks import DomainBlocks
 from compress.data.evals import evaluate_rows, evaluation_rows, facts
 from compress.data.general import general_rows
+from compress.models.body import Body
 from compress.models.language import load_model
 from limbeck.contract.data.evals import EVALS, losses, shares
 from limbeck.contract.data.heldout import (
@@ -62,7 +63,8 @@ def test_facts_are_those_that_greedy_decoding_gives(tmp_path: Path) -> None:
         right.append(float((made == wanted).all()))
     assert 0 < sum(right) < len(right)
     rows = {"facts": evaluation_rows(tokenizer, [], longest=128, vocabulary=10_000)["facts"]}
-    found = evaluate_rows(rows, lambda ids: model(input_ids=ids[None]).logits[0])
+    body = Body(model)
+    found = evaluate_rows(rows, lambda ids: body.states(ids[None])[0][0], body.head)
     labels = {"facts": rows["facts"].scored.sum(1).tolist()}
     assert shares(labels, found) == {"facts": right}
 

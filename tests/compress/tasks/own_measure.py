@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compress.chunked import fused_loss
 from compress.head import IGNORED
-from compress.loss import fused_loss
 from compress.models.language import DTYPES
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.own_terms import evidence_of_prompts

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from compress.aligned import AlignedStates, Alignment, Pair, chunk_loss, ranked_loss
+from compress.chunked import fused_loss
 from compress.head import IGNORED, Head
-from compress.loss import fused_loss, plain_loss
+from compress.loss import plain_loss
 from compress.states import TeacherStates, teacher_statistics
 from compress.weights import Reach, weigh
 from limbeck.contract.models.alignment import Aligner, projection
@@ -88,9 +89,12 @@ def problem(*names: str, same: int = 1, seed: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda w: f"{w.kind}-{getattr(w, 'control', '')}")
-def test_the_chunked_loss_is_the_plain_one(across: str, weights: Any) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["pieces", "row-by-row"])
+def test_the_chunked_loss_is_the_plain_one(across: str, weights: Any, whole: bool) -> None:
     parts = problem("gemma", "smaller")
-    fusion = Fusion(weights=weights, across=across, chunk=7)
+    fusion = Fusion(
+        weights=weights, across=across, chunk=parts["labels_RL"].shape[1] if whole else 7
+    )
     chunked = fused_loss(fusion, progress=0.4, **parts).loss
     plain = plain_loss(fusion, progress=0.4, **parts)
     torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import compress
 from compress.aligned import AlignedStates, Pair
+from compress.chunked import fused_loss
 from compress.data.blocks import conversations
 from compress.data.conversations import Conversation, read_conversations
 from compress.data.packing import tokenise
 from compress.head import IGNORED, Head
-from compress.loss import fused_loss
 from compress.models.body import Body
 from compress.states import TeacherStates
 from compress.teachers.conversations import Side, rendered_for, with_conversations

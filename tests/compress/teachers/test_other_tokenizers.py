@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import compress
+from compress import loop as train
+from compress.data.training_text import heldout_batches
+from compress.head import IGNORED
 from compress.models.language import byte_tokenizer
+from compress.tasks.continuations import against_mixture
+from compress.tasks.language import LanguageTask
 from compress.teachers.pairs import measure_coverage, pair_teachers
 from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.recipe import Recipe
@@ -167,6 +173,39 @@ def test_added_tokens_leave_the_map_the_same(tmp_path: Path) -> None:
     assert found.differ == ((), ("<tool>",), ())
     assert found.digest(0) is None
     assert found.digest(2) is not None
+
+
+def test_the_mixture_of_the_table_is_over_the_tokens_that_all_have(tmp_path: Path) -> None:
+    """Against transformers' logits: one teacher has a token more than student and other teacher."""
+    wide = byte_level()
+    V = wide.get_vocab_size()
+    wide.add_special_tokens(["<tool>"])
+    folders = [
+        save_teacher(tmp_path / "base", byte_level(), seed=0),
+        save_teacher(tmp_path / "own", byte_level(), seed=1),
+        save_teacher(tmp_path / "wide", wide, seed=2),
+    ]
+    recipe = tiny(
+        tmp_path,
+        teachers=[{"name": n, "model": {"kind": "local", "path": n}} for n in ("own", "wide")],
+        student={"base": {"kind": "local", "path": "base"}, "init": "base", "dropout": 0.0},
+    )
+    task = train.setup(recipe=recipe, products={}, work=tmp_path / "w", key="k").task
+    assert isinstance(task, LanguageTask)
+    batches = [heldout_batches(b.heldout) for b in task.blocks]
+    divergence = count = 0.0
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
+    for ids, labels in itertools.chain.from_iterable(batches):
+        with torch.no_grad():
+            logits = [m(ids).logits[labels != IGNORED][:, :V] for m in models]
+        q, *p = [torch.log_softmax(z.double(), -1) for z in logits]
+        mixture = torch.stack(p).exp().mean(0).log()
+        divergence += float(
+            torch.nn.functional.kl_div(q, mixture, reduction="sum", log_target=True)
+        )
+        count += len(q)
+    found = against_mixture(task, batches)
+    assert found["kl_to_mixture"] == pytest.approx(divergence / count, rel=1e-4)
 
 
 def test_text_with_a_token_that_the_teacher_lacks_is_refused(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_file_that_is_extended_is_never_shown(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("extends: ~nosuchuser/a.yaml\n", "no path of a recipe"),
+        ("extends: ~nosuchuser/a.yaml\n", "no such recipe file"),
         (f"extends: {'a' * 5000}\n", "no path of a recipe"),
         ("extends: .\n", "no such recipe file"),
     ],

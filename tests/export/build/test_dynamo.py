@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.build.backend import build_graphs
@@ -70,9 +71,20 @@ def test_the_folder_is_the_same_and_says_why(exported: Artifact) -> None:
     assert exported.result["forms"]["fp32"]["parity"]["max_abs"] < 5e-5
 
 
+def test_nothing_in_the_folder_names_a_place_of_this_machine(exported: Artifact) -> None:
+    """torch's exporter writes into each node the lines of source that it comes from."""
+    files = [path for path in exported.path.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    places = [
+        str(path).encode() for path in (Path(torch.__file__).parent, Path(__file__).parents[3])
+    ]
+    for file in files:
+        content = file.read_bytes()
+        assert [place for place in places if place in content] == [], file
+
+
 def test_any_mask_gives_torchs_answers(exported: Artifact) -> None:
     """Holes, padding on both sides, and several tokens appended to several rows."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     draw = np.random.default_rng(0)

@@ -102,9 +102,9 @@ def test_a_partial_rope_goes_to_torchs_exporter(place: str) -> None:
 
 
 def test_a_window_that_the_architecture_does_not_have_is_ignored(tmp_path: Path) -> None:
-    """As transformers ignores it: conversions from mistral leave it in the file of a llama."""
+    """As transformers ignores it: conversions of mistral and gemma leave it in a llama's file."""
     plain = make_model(tmp_path / "plain")
-    stray = make_model(tmp_path / "stray", sliding_window=4)
+    stray = make_model(tmp_path / "stray", sliding_window=4, hidden_activation="gelu")
     assert json.loads((stray / "config.json").read_text())["sliding_window"] == 4
     ids = torch.arange(40).reshape(1, -1)
     with torch.no_grad():

@@ -117,8 +117,22 @@ def test_what_is_not_supported_is_refused_by_name(
         ),
         ({"top_logprobs": 2}, "top_logprobs", "only with logprobs; set logprobs to true"),
         ({"logprobs": True, "top_logprobs": 65}, "top_logprobs", "found 65; at most 64"),
-        ({"reasoning_effort": "high"}, "reasoning_effort", "does not support it"),
-        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "does not support it"),
+        ({"web_search_options": {}}, "web_search_options", "does not support it"),
+        ({"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs", "tools is no variable"),
+        ({"maxTokens": 4}, "maxTokens", "^maxTokens: this server does not know this field"),
+        (
+            {"speculative.n_max": 4},
+            "speculative.n_max",
+            r"^speculative\.n_max: this server does not",
+        ),
+        ({"body": 4}, "body", "^body: this server does not know this field"),
+        ({"do_sample": False}, "do_sample", "found False; .* leave it out or give True"),
+        ({"dry_multiplier": 0.8}, "dry_multiplier", "found 0.8; .* leave it out or give 0"),
+        (
+            {"response_format": {"type": "text", "schema": {}}},
+            "response_format",
+            "schema is given with type json_object",
+        ),
         (
             {"messages": [{"role": "user", "content": "x" * 600}]},
             None,
@@ -181,6 +195,37 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 
 
 CHATS: dict[str, dict[str, Any]] = {
+    "OpenAI's whole interface": {
+        "messages": [{"role": "user", "content": "abc"}], "max_completion_tokens": 4,
+        "store": True, "metadata": {"a": "b"}, "user": "me", "service_tier": "flex",
+        "parallel_tool_calls": True, "reasoning_effort": "minimal", "verbosity": "medium",
+        "modalities": ["text"], "prompt_cache_key": "k", "safety_identifier": "s",
+    },
+    "text-generation-webui, SillyTavern": {
+        "messages": [{"role": "user", "content": "abc"}], "max_tokens": 4, "typical_p": 1,
+        "top_a": 0, "tfs": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "mirostat_mode": 0,
+        "mirostat_tau": 5, "mirostat_eta": 0.1, "dry_multiplier": 0, "dry_base": 1.75,
+        "xtc_probability": 0, "xtc_threshold": 0.1, "no_repeat_ngram_size": 0, "do_sample": True,
+        "guidance_scale": 1, "negative_prompt": "", "grammar": "", "add_bos_token": True,
+        "ban_eos_token": False, "custom_token_bans": "", "seed": -1, "skip_special_tokens": True,
+    },
+    "PHP, in which an empty object is an empty list": {
+        "messages": [{"role": "user", "content": "abc"}], "max_tokens": 4, "metadata": [],
+        "logit_bias": [], "stream_options": [], "response_format": [], "tools": [], "functions": [],
+        "chat_template_kwargs": [], "modalities": [], "options": [], "documents": [],
+    },
+    "llama.cpp's page, text-generation-webui's settings": {
+        "messages": [{"role": "user", "content": "abc"}], "max_tokens": -1.0, "repeat_last_n": 64,
+        "min_keep": 0, "n_indent": 0, "t_max_predict_ms": 0, "backend_sampling": False,
+        "dynamic_temperature": False, "auto_max_new_tokens": False, "max_tokens_second": 0,
+        "prompt_lookup_num_tokens": 0, "watermark": False, "return_logprob": False,
+        "logprob_start_len": -1, "top_logprobs_num": 0, "deferred": False,
+    },
+    "a router": {
+        "messages": [{"role": "user", "content": "abc"}], "max_tokens": 4, "plugins": [],
+        "models": [], "chat_id": "1", "session_id": "2", "litellm_call_id": "3", "tags": ["a"],
+        "extra_body": {}, "chat_template_kwargs": {"enable_thinking": False},
+    },
     "llama.cpp, LM Studio, n8n": {
         "messages": [{"role": "user", "content": "abc", "id": "1"}], "max_tokens": -1,
         "max_completion_tokens": 4.0, "top_k": 40.0, "typical_p": 1.0, "mirostat": 0,

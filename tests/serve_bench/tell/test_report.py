@@ -22,7 +22,7 @@ from serve_bench.judge.task import read_bench
 from serve_bench.tasks import task_of
 from serve_bench.tell import bubbles as bubbles_of
 from serve_bench.tell.drawing import spread, ticks
-from serve_bench.tell.numbers import significant
+from serve_bench.tell.numbers import short, significant
 from serve_bench.tell.report import Report, warnings
 from serve_bench.tell.sections import source_text
 from tests.serve_bench.tell.runs import make_run, read, recipe
@@ -163,6 +163,17 @@ def test_drawing_twice_gives_the_same_page(run: Path, report: Report) -> None:
 )
 def test_three_significant_digits(value: float | None, text: str) -> None:
     assert significant(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1072.4, "1072"), (999.7, "1000"), (1000, "1000"), (99.96, "100"), (0.25, "0.25"), (5, "5")],
+)
+def test_no_label_of_a_picture_has_an_exponent(value: float, text: str) -> None:
+    assert short(value) == text
+    bubble = bubbles_of.Bubble("scripture", "teacher", 8.9, 3.06, value, True)
+    svg = bubbles_of.quality_against_speed([bubble], title="trade", x="speed", y="loss")
+    assert f">scripture, {text} MB</text>" in svg
 
 
 def test_labels_of_a_picture_do_not_overlap() -> None:

@@ -65,6 +65,7 @@ def chats(root: Path) -> Iterator[Row]:
     for name, template in _TEMPLATES.items():
         yield from _calls(root / name, name, template)
     yield _reasoning(root / "reasoning")
+    yield from _variables(root / "variables")
 
 
 def _calls(folder: Path, name: str, template: str) -> Iterator[Row]:
@@ -111,12 +112,48 @@ def _calls(folder: Path, name: str, template: str) -> Iterator[Row]:
         yield Row(f"serve: {what}", ours, theirs)
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+def _rendered(
+    tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool = False, **variables: Any
+) -> str:
     """By transformers, which is given null where a template tests for it."""
     texts, _ = render_jinja_template(
-        [messages], chat_template=tokenizer.chat_template, add_generation_prompt=prompt
+        [messages], chat_template=tokenizer.chat_template, add_generation_prompt=prompt, **variables
     )
     return str(texts[0])
+
+
+def _variables(folder: Path) -> Iterator[Row]:
+    """Templates that read variables of their own, documents and the date."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if enable_thinking is defined and not enable_thinking %}<off>{% endif %}"
+        "{{ reasoning_effort | default('medium') }}{% for d in documents or [] %}{{ d.text }}"
+        "{% endfor %}{% if date_string is not defined %}"
+        "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}" + _TURN + "{% endfor %}"
+    ) + _PROMPT
+    tokenizer.save_pretrained(folder)
+    talk = [{"role": "user", "content": "q"}]
+    for fields, variables in (
+        ({}, {}),
+        ({"chat_template_kwargs": {"enable_thinking": False, "date_string": "26 Jul 2024"}},
+         {"enable_thinking": False, "date_string": "26 Jul 2024"}),
+        ({"reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "none"}},
+         {"reasoning_effort": "none"}),
+        ({"documents": [{"text": "d"}]}, {"documents": [{"text": "d"}]}),
+    ):  # fmt: skip
+        body = ChatBody.model_validate({"model": "m", "messages": talk, **fields})
+        yield Row(
+            f"serve: a template with the date, and {json.dumps(fields)}",
+            load_text(folder).rendered(talk, variables=body.variables),
+            _rendered(tokenizer, talk, prompt=True, **variables),
+        )
+        row = {"messages": [*talk, {"role": "assistant", "content": "a"}]}
+        (folder / "rows.jsonl").write_text(json.dumps(row | {"chat_template_kwargs": variables}))
+        (piece,) = conversations(folder / "rows.jsonl", ChatRows(kind="chat"), tokenizer)
+        theirs = _rendered(tokenizer, row["messages"], **variables)
+        yield Row(f"chat: a template with the date, and {json.dumps(fields)}", piece.text, theirs)
 
 
 def _reasoning(folder: Path) -> Row:

@@ -103,8 +103,12 @@ _CONFIGS: dict[str, tuple[dict[str, Any], str]] = {  # fields, and how it is ref
         {"auto_map": {"AutoModelForCausalLM": "modeling_x.X", "AutoConfig": "configuration_x.X"}},
         ""),
     **{f"quantization_config of {kind}": ({"quantization_config": {"quant_method": kind}},
-                                          f"stored as {kind}; .* Name the model")
+                                          f"{kind}.* the weights are plain")
        for kind in ("quark", "bitnet", "modelopt", "fbgemm_fp8")},
+    **{f"quantization_config of a merged model: {kept}": (
+        {"quantization_config": kept}, "the weights are plain .* F32.* Take quantization_config")
+       for kept in ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True},
+                    {"quant_method": "gptq", "bits": 4}, {})},
     "model_type: Llama": ({"model_type": "llama", "late": "Llama"}, "model type `Llama`"),
     "no model_type": ({"model_type": "llama", "late": None}, "should have a `model_type`|Should"),
     "architectures of a reward model": (
@@ -114,8 +118,9 @@ _CONFIGS: dict[str, tuple[dict[str, Any], str]] = {  # fields, and how it is ref
     "torch_dtype: torch.float16": ({"dtype": None, "torch_dtype": "torch.float16"}, ""),
     "settings of generation from transformers 4": (
         {"temperature": 0.7, "max_length": 20, "do_sample": True, "repetition_penalty": 1.3}, ""),
-    "logit_scale of another type": (
-        {"logit_scale": 0.1}, "gives other logits than the model's own"),
+    **{f"{name} of another type": ({name: 0.1}, "")
+       for name in ("logit_scale", "logits_scaling", "lm_head_multiplier",
+                    "final_logit_softcapping", "logits_soft_cap")},
     "use_bidirectional_attention of gemma 3": (
         {"model_type": "gemma3_text", "use_bidirectional_attention": True},
         "a row with other tokens behind gives other logits"),
@@ -149,12 +154,25 @@ def _names(root: Path) -> Iterator[Row]:
         "hf://org/name": "'id': 'org/name'",
         "https://huggingface.co/org/name/tree/v1": "'id': 'org/name', 'revision': 'v1'",
         "https://huggingface.co/org/name/blob/main/x.gguf": "give owner/name, or download",
+        "org/name@v1": "'id': 'org/name', 'revision': 'v1'",
         str(hub): "Did you mean .*snapshots/abc",
         str(snapshot / "model.safetensors"): "a file of a model; give its folder",
     }.items():
         found = said(lambda given=given: teacher_source(given, {}))
         yield Row(f"init --teacher: {Path(given).name} of {given[:5]}", found, "-", says)
     lora = make_adapter(snapshot, root / "adapter", LoraConfig(target_modules=Q))
+    on_it = Path(shutil.copytree(lora, root / "adapter on an adapter"))
+    _edited(on_it / "adapter_config.json", base_model_name_or_path=str(lora))
+    packed = Path(shutil.make_archive(str(root / "packed"), "zip", lora))
+    for path, says in {
+        on_it: "that is an adapter too; merge it into its base first",
+        packed: "an archive; unpack it",
+        lora / "adapter_model.safetensors": "a file of a model; give its folder",
+    }.items():
+        found = said(lambda path=path: teacher_source(str(path), {}))
+        yield Row(f"init --teacher: {path.name}", found, "-", says)
+    found = said(lambda: adapter_facts(packed))
+    yield Row("adapter: a packed one", found, "-", "name the folder of the adapter, unpacked")
     for path, says in {
         hub: "snapshots/abc is one",
         gguf: "x.gguf is a GGUF file: name that file, with kind: gguf",
@@ -308,6 +326,9 @@ def _adapters(root: Path) -> Iterator[Row]:
     }  # fmt: skip
     for what, (base, options) in configs.items():
         yield row(what, base, adapter(base, **options))
+    folder = adapter(bases[True], modules_to_save=["lm_head"], trainable_token_indices=[3, 5])
+    says = "peft cannot run this adapter in one model with its base: merge it"
+    yield row("tied: tokens and a saved head", bases[True], folder, says)
     changed: dict[str, tuple[dict[str, Any], str]] = {
         "target_modules: all-linear, as text": (
             {"target_modules": "all-linear"}, "of its tensors are not in it"),

@@ -89,6 +89,12 @@ _REFUSED: dict[str, tuple[str, bytes, str]] = {
         "a.jsonl", json.dumps({"messages": [_ASK, _GOOD], "tools": {"f": {}}}).encode(),
         "tools: found .*; expected a list of descriptions of functions"),
     "an empty prompt": ("a.csv", b"prompt,completion\n,a\n", "line 2: prompt is empty"),
+    "an empty answer, as pandas writes what is missing": (
+        "a.csv", b"prompt,completion\nq,\n", "line 2: completion is empty"),
+    "OpenAI's batches": (
+        "a.jsonl", b'{"custom_id": "1", "method": "POST", "url": "/v1", "body": {"messages": []}}',
+        "custom_id, method, url, body .dict., and it is unclear"),
+    "JSON lines without a row": ("a.jsonl", b"\n\n", "a.jsonl: it has no rows"),
     "a PDF that is all ASCII": ("a.txt", b"%PDF-1.4 x", "a PDF; save its text"),
     **{
         f"the role {role!r}": (
