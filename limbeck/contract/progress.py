@@ -89,8 +89,8 @@ class Task:
     def advance(self, steps: int = 1, **figures: float) -> None:
         """Count ``steps`` more; ``figures`` are shown beside the label, such as ``loss=3.2``."""
         self.done += steps
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        shown = f"{shown} {self._unit}" if shown and self._unit else shown
+        unit = f" {self._unit}" if self._unit else ""
+        shown = "  ".join(f"{name} {value:.4g}{unit}" for name, value in figures.items())
         if self._bar is not None:
             whole = f"{self._whole()}  " if self._main else ""
             self._bar.update(self._id, advance=steps, figures=f"{whole}{shown}")
@@ -141,9 +141,9 @@ def task(
 ) -> Iterator[Task]:
     """Show progress of ``label``: ``done`` of ``total`` steps were finished earlier.
 
-    A ``total`` of None is unknown; ``seconds`` is the time that such a task is given. ``unit``
-    belongs to its figures. A ``main`` task takes most of the time of its part of a job, so the rest
-    of the whole job (see `before`) is estimated from it.
+    A ``total`` of None is unknown; ``seconds`` is the time that such a task is given. Each of
+    its figures is in ``unit``. A ``main`` task takes most of the time of its part of a job, so the
+    rest of the whole job (see `before`) is estimated from it.
     """
     options: dict[str, Any] = {"done": done, "unit": unit, "main": main, "seconds": seconds}
     if not (leads() and sys.stderr.isatty()):

@@ -35,10 +35,10 @@ def test_a_main_task_shows_its_own_time_left_and_that_of_the_whole_job(
 ) -> None:
     with before(lambda _: 300.0), task("training", 10, unit="nats a token", main=True) as work:
         wait(20)
-        work.advance(loss=3.25)  # one of ten steps took 20 s, so nine take 180 s
+        work.advance(loss=3.25, best=3.5)  # one of ten steps took 20 s, so nine take 180 s
         assert shown(capsys) == (
             "training: 1/10  20 s, about 3 min left (whole job: about 8 min)  "
-            "loss 3.25 nats a token"
+            "loss 3.25 nats a token  best 3.5 nats a token"
         )
         wait(10)
         work.advance(loss=3.0)  # 15 s a step
