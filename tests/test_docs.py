@@ -304,7 +304,9 @@ def test_every_dependency_is_explained() -> None:
 
 def test_every_environment_of_the_makefile_names_its_version_of_torch() -> None:
     """A torch without a version brings gigabytes of CUDA, which filled the disk of a CI run."""
-    installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
-    words = [word for line in installs for word in line.split() if re.match(r"torch\b", word)]
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    installs = [word for line in lines if "pip install" in line for word in line.split()]
+    words = {word for word in installs if re.match(r"torch\b", word)}
     pinned = re.search(r"^torch==.*", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert pinned and words and set(words) == {pinned[0]}
+    assert pinned is not None
+    assert words == {pinned[0]}

@@ -175,6 +175,29 @@ def test_added_tokens_leave_the_map_the_same(tmp_path: Path) -> None:
     assert found.digest(2) is not None
 
 
+@pytest.mark.parametrize("added", [[], ["<tool>"]], ids=["same", "added"])
+def test_the_same_map_in_another_file_gives_the_present_loss_to_the_bit(
+    tmp_path: Path, added: list[str]
+) -> None:
+    base = save_teacher(tmp_path / "base", byte_level(400))
+    teacher = save_teacher(tmp_path / "teacher", byte_level(400), seed=4, vocab_size=400)
+    recipe = tiny(
+        tmp_path,
+        teachers=[{"name": "twin", "model": {"kind": "local", "path": str(teacher)}}],
+        student={"base": {"kind": "local", "path": str(base)}},
+    )
+    weights = []
+    for out in ("present", "other"):
+        artifact = compress.distill(recipe=recipe, out=tmp_path / out)
+        steps = events(artifact.path, "step")
+        saved = (artifact.path / "model" / "model.safetensors").read_bytes()
+        weights.append(([step["loss"] for step in steps], saved))
+        other = byte_level(400)
+        other.add_special_tokens(added)
+        other.save(str(teacher / "tokenizer.json"), pretty=False)
+    assert weights[0] == weights[1]
+
+
 def test_the_mixture_of_the_table_is_over_the_tokens_that_all_have(tmp_path: Path) -> None:
     """Against transformers' logits: one teacher has a token more than student and other teacher."""
     wide = byte_level()
