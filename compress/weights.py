@@ -112,14 +112,8 @@ def _within_reach(
     prior_KR: Tensor | None,
     reach: Reach,
 ) -> Tensor:
-    """`weigh`, over the teachers that have a distribution for the label.
-
-    A teacher that does not give the likelihood of some bytes gets the mean of the others there, so
-    that these bytes speak for no teacher.
-    """
-    given_KRL, target_KRL = reach.evidence_KRL, reach.target_KRL
-    mean_RL = (label_logp_KRL * given_KRL).sum(0) / given_KRL.sum(0).clamp(min=1)
-    logp_KRL = torch.where(given_KRL, label_logp_KRL, mean_RL)
+    """`weigh`, over the teachers that have a distribution for the label."""
+    target_KRL, logp_KRL = reach.target_KRL, of_the_same_bytes(label_logp_KRL, reach)
     if isinstance(config, LabelWeights | CaMkdWeights) and config.granularity == "token":
         logp_KRL = _of_joint_chunks(logp_KRL * (labels_RL != IGNORED), reach)
     weights = _raw_weights(
@@ -142,6 +136,16 @@ def _within_reach(
         share = progress / warmup
         weights = share * weights + (1 - share) * present_KRL / count_RL
     return weights
+
+
+def of_the_same_bytes(logp_KRL: Tensor, reach: Reach) -> Tensor:
+    """Label log-likelihoods ``[K, R, L]``, with the mean of the others where a teacher gives none.
+
+    So bytes that a teacher does not judge speak for no teacher.
+    """
+    given_KRL = reach.evidence_KRL
+    mean_RL = (logp_KRL * given_KRL).sum(0) / given_KRL.sum(0).clamp(min=1)
+    return torch.where(given_KRL, logp_KRL, mean_RL)
 
 
 def _of_joint_chunks(logp_KRL: Tensor, reach: Reach) -> Tensor:

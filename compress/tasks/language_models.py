@@ -5,7 +5,6 @@ Shapes: R rows (blocks), L positions.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +97,7 @@ class LanguageModels:
             self.sources = sources_of(recipe, base=self.folder, teachers=whole)
             self.student = self._build(model)
         self.names, self.temperatures = self.teachers.names, self.teachers.temperatures
+        self.vocabulary = self._shared_rows()  # now: sharded heads have other rows
         asked = recipe.training.on_policy
         self.own: OwnText | None = None
         if asked is not None and asked.share and self.steps != 0:
@@ -219,8 +219,7 @@ class LanguageModels:
 
     # Text --------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def vocabulary(self) -> int:
+    def _shared_rows(self) -> int:
         """Token ids that student and teachers share: rows of the smallest head.
 
         A teacher with another tokenizer can weigh all of the student's ids.

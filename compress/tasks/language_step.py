@@ -21,7 +21,7 @@ from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.own_terms import OwnTerms, evidence_of_prompts
 from compress.tasks.own_text import Batch, Written, now
-from compress.weights import log_prior, span_of
+from compress.weights import Reach, log_prior, of_the_same_bytes, span_of
 from limbeck.contract.recipe import Fusion, fingerprint
 
 
@@ -193,13 +193,15 @@ class LanguageStep:
                 states, _ = task.teachers.states(
                     self.ids_RL[part].to(task.device), labels_RL=labels
                 )
-            found = teacher_statistics(states, labels, chunk=task.recipe.fusion.chunk)
-            for row, statistic_KRL in enumerate(found):
-                sums_3K[row] += statistic_KRL.sum((1, 2))
-            valid = labels != IGNORED
-            for k, state in enumerate(states):
-                has = valid if state.spans is None else valid & state.spans.target_RL
-                sums_3K[2, k] += has.sum()
+            entropy_KRL, logp_KRL = teacher_statistics(
+                states, labels, vocabulary=task.vocabulary, chunk=task.recipe.fusion.chunk
+            )
+            has_KRL = (labels != IGNORED).expand_as(logp_KRL)
+            reach = Reach.of([state.spans for state in states], labels)
+            if reach is not None:
+                logp_KRL = of_the_same_bytes(logp_KRL, reach) * has_KRL
+                has_KRL = has_KRL & reach.target_KRL
+            sums_3K += torch.stack([part.sum((1, 2)) for part in (entropy_KRL, logp_KRL, has_KRL)])
         total: Tensor = task.accelerator.reduce(sums_3K, reduction="sum")
         entropy_K = total[0] / total[2].clamp(min=1)
         return torch.stack([entropy_K, total[1] / self.count])

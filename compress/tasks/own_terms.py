@@ -17,6 +17,7 @@ from compress.head import IGNORED
 from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.own_text import OwnRow
+from compress.weights import Reach, of_the_same_bytes
 from limbeck.contract.recipe import PosteriorWeights
 
 
@@ -87,10 +88,11 @@ def evidence_of_prompts(
     """Log-likelihood ``[K, R]`` of prompts under each teacher; None unless the weights use it."""
     if not isinstance(task.recipe.fusion.weights, PosteriorWeights):
         return None
+    labels_RL = prompt_labels_RL.to(task.device)
     _, logp_KRL = teacher_statistics(
-        teachers,
-        prompt_labels_RL.to(task.device),
-        vocabulary=task.vocabulary,
-        chunk=task.recipe.fusion.chunk,
+        teachers, labels_RL, vocabulary=task.vocabulary, chunk=task.recipe.fusion.chunk
     )
+    reach = Reach.of([teacher.spans for teacher in teachers], labels_RL)
+    if reach is not None:
+        logp_KRL = of_the_same_bytes(logp_KRL, reach) * (labels_RL != IGNORED)
     return logp_KRL.sum(-1)

@@ -178,12 +178,13 @@ class _Cache:
         self, input_ids_RL: Tensor, labels_RL: Tensor | None, device: torch.device
     ) -> SparseStates:
         if self.pair is None:
-            keys = [_key(row) for row in input_ids_RL.tolist()]
-            unknown = [key not in self._texts for key in keys]
-            texts = [
-                row if new else [] for row, new in zip(input_ids_RL.tolist(), unknown, strict=True)
+            texts = input_ids_RL.tolist()
+            if labels_RL is not None:  # padding is no text
+                texts = [row[: _length(own)] for row, own in zip(texts, labels_RL, strict=True)]
+            keys = [
+                self._texts.get(_key(row)) or _key(text)
+                for row, text in zip(input_ids_RL.tolist(), texts, strict=True)
             ]
-            keys = [self._texts.get(key, key) for key in keys]
             return self._stacked(keys, texts, input_ids_RL.shape[1], device)
         alignment = self.pair.align(input_ids_RL, labels_RL)
         texts = alignment.texts

@@ -30,7 +30,10 @@ from limbeck.contract.recipe import OnPolicy, OwnPrompts, Recipe, parse_recipe
 from limbeck.contract.sources.tokenizer import load_tokenizer
 from tests.compress.tasks.own_measure import measure_own_text
 from tests.compress.teachers.test_other_tokenizers import mixed
+from tests.compress.teachers.test_served import source
 from tests.compress.test_compress import TINY, events, interrupted_after, tiny
+from tests.pico import make_model
+from tests.servers.logprob_server import LogprobServer
 
 OWN = {"share": 0.5, "prompts": {"tokens": 8}, "new_tokens": 12}
 # What times a step, and so differs between equal trainings.
@@ -441,3 +444,32 @@ def test_prompts_come_from_a_text_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"text": " "}\n')
     with pytest.raises(DataError, match=r"on_policy.prompts.text: no document.*prompts.jsonl"):
         compress.distill(recipe=own_recipe(tmp_path, own), out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("granularity", ["token", "batch"])
+def test_a_server_reads_each_text_once_and_without_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
+) -> None:
+    """Whatever stands beside it in a micro-batch, and where a step reads it twice."""
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    rows = "".join(json.dumps({"text": "word" * n}) + "\n" for n in range(1, 6))
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    form = {"kind": "jsonl", "field": "text"}
+    text = {"kind": "files", "paths": ["prompts.jsonl"], "format": form}
+    folder = make_model(tmp_path / "big", seed=5)
+    with LogprobServer(folder) as server:
+        recipe = own_recipe(
+            tmp_path,
+            {"share": 1.0, "prompts": {"text": text, "tokens": 20}, "new_tokens": 6},
+            teachers=[{"name": "big", "model": source(server, folder)}],
+            student={"base": {"kind": "local", "path": str(folder)}, "init": "base"},
+            fusion={"calibration": {"kind": "none"},
+                    "weights": {"kind": "entropy", "granularity": granularity}},
+        )  # fmt: skip
+        made = compress.distill(recipe=recipe, out=tmp_path / "student")
+        written = samples(made.path)
+        asked = len(list((tmp_path / "cache").glob("teachers/served-*/answers/*")))
+        assert asked == len(written)
+        expected = sorted(len(sample["prompt"]) + sample["tokens"] for sample in written)
+        assert sorted(len(prompt) for prompt in server.asked[-asked:]) == expected
+    assert len(set(expected)) > 1

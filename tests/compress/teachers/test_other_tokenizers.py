@@ -19,6 +19,7 @@ from compress.head import IGNORED
 from compress.models.language import byte_tokenizer
 from compress.tasks.continuations import against_mixture
 from compress.tasks.language import LanguageTask
+from compress.tasks.own_terms import evidence_of_prompts
 from compress.teachers.pairs import measure_coverage, pair_teachers
 from limbeck.contract.errors import DataError, ModelError, RecipeError
 from limbeck.contract.recipe import Recipe
@@ -138,6 +139,89 @@ def test_a_teacher_of_the_base_s_shape_is_not_merged_into_it(tmp_path: Path) -> 
     merging = tiny(tmp_path, teachers=teachers, student=student)
     with pytest.raises((RecipeError, ModelError)):
         compress.distill(recipe=merging, out=tmp_path / "student")
+
+
+def in_pairs(tmp_path: Path, training: dict[str, Any], **over: Any) -> LanguageTask:
+    """A student of single bytes, and a teacher whose first token has several of a text's bytes,
+    so that it judges none of them: it has no token before a text."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat, and the dog sat on the log;\n" * 99)
+    domain = {"name": "cats", "text": {"kind": "files", "paths": ["text.txt"]}}
+    save_teacher(tmp_path / "pairs", byte_level(330), initializer_range=0.3)
+    wide = {**TINY, "vocab_size": 300, "initializer_range": 0.3}  # rows without a token
+    recipe = tiny(
+        tmp_path,
+        teachers=[
+            {"name": "own", "model": {"kind": "random", "config": wide, "seed": 1}},
+            {"name": "other", "model": {"kind": "local", "path": "pairs"}},
+        ],
+        data={"domains": [domain]},
+        features={"weight": 0.0},
+        training={"batch_tokens": 128, "micro_batch": 2, **training},
+        fusion={"calibration": {"kind": "none"}, **over},
+    )
+    task = train.setup(recipe=recipe, products={}, work=tmp_path / "w", key="k").task
+    assert isinstance(task, LanguageTask)
+    return task
+
+
+@torch.no_grad()
+def judged(task: LanguageTask, row: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
+    """Of one row: log-probabilities ``[L, V]`` of `own`; the byte where each token of `other` ends,
+    and its log-probabilities ``[M, V_T]``, with their own tokens. By transformers.
+    """
+    pair = task.pairs[1]
+    assert pair is not None
+    own, other = (AutoModelForCausalLM.from_pretrained(f.base).eval() for f in task.folders)
+    text = torch.tensor(pair.align(row[None], labels[None]).texts)
+    ends = torch.tensor([len(piece) for piece in pair.aligner.other.pieces(text[0].tolist())])
+    theirs = torch.log_softmax(other(text).logits[0].double(), -1)
+    return (
+        torch.log_softmax(own(row[None]).logits[0, :, : task.vocabulary].double(), -1),
+        (ends.cumsum(0).tolist(), theirs, text[0]),
+    )
+
+
+def test_bytes_of_a_prompt_that_a_teacher_does_not_judge_speak_for_none(tmp_path: Path) -> None:
+    asked = {"share": 1.0, "prompts": {"tokens": 12}, "new_tokens": 1}
+    task = in_pairs(tmp_path, {"on_policy": asked})
+    written = task.step(0, progress=0.0).written
+    assert written is not None
+    prompts, rows = written.prompt_labels_RL, written.ids_RL
+    read = torch.where(written.labels_RL == IGNORED, prompts, written.labels_RL)
+    states, _ = task.teachers.states(rows, labels_RL=read)
+    found = evidence_of_prompts(task, states, prompts)
+    assert found is not None
+    unjudged = 0
+    for n, row in enumerate(rows):
+        logp, (ends, theirs, text) = judged(task, row, read[n])
+        mine = logp[:11].gather(1, row[1:12, None])[:, 0]
+        said = [theirs[m - 1, text[m]] for m in range(1, len(text)) if ends[m] <= 12]
+        assert found[0, n] == pytest.approx(float(mine.sum()), rel=1e-4)
+        expected = float(mine[: ends[0] - 1].sum() + sum(said))
+        assert found[1, n] == pytest.approx(expected, rel=1e-4)
+        unjudged += ends[0] - 1
+    assert unjudged
+
+
+def test_means_of_a_batch_are_of_the_same_tokens_and_bytes(tmp_path: Path) -> None:
+    """Of tokens that all have, as each position's are; and bytes that `other` does not judge speak
+    for no teacher."""
+    weights = {"kind": "label", "granularity": "batch"}
+    task = in_pairs(tmp_path, {}, weights=weights)
+    step = task.step(0, progress=0.0)
+    assert step._means_2K is not None
+    entropy, mine, other = 0.0, 0.0, 0.0
+    for row, labels in zip(step.ids_RL, step.labels_RL, strict=True):
+        logp, (ends, theirs, text) = judged(task, row, labels)
+        valid = labels != IGNORED
+        entropy -= float((logp.exp() * logp).sum(-1)[valid].sum())
+        each = logp[valid].gather(1, labels[valid][:, None])[:, 0]
+        mine += float(each.sum())
+        other += float(each[: ends[0] - 1].sum())
+        other += sum(float(theirs[m - 1, text[m]]) for m in range(1, len(text)))
+    assert step._means_2K[0, 0] == pytest.approx(entropy / step.count, rel=1e-4)
+    assert step._means_2K[1, 0] == pytest.approx(mine / step.count, rel=1e-4)
+    assert step._means_2K[1, 1] == pytest.approx(other / step.count, rel=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["none", "hidden"])
