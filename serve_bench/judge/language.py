@@ -7,7 +7,7 @@ TTFT) / (tokens - 1), ITL each gap between tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import binomtest
@@ -83,6 +83,11 @@ def evidence(
     """All the evidence."""
     timing, shipped = timing_evidence(samples, reference), reference.shipped_arm.id
     answered = evaluations(quality)
+    others = quality.get("other_tokenizers", ())
+    # One behind a server is no arm, but its losses are known too.
+    teachers = {arm.removeprefix("teacher:"): arm for arm in others} | {
+        arm.label: arm.id for arm in reference.with_role("teacher")
+    }
     return Evidence(
         **vars(timing)
         | {
@@ -95,17 +100,13 @@ def evidence(
                 for arm in reference.with_role("teacher")
                 if arm.id in answered
             },
-            "by_byte": frozenset(
-                arm.label
-                for arm in reference.with_role("teacher")
-                if arm.id in quality.get("other_tokenizers", ())
-            ),
+            "by_byte": frozenset(name for name, arm in teachers.items() if arm in others),
             "rise_over_teachers": {
-                arm.label: (
-                    quality_figures.summarise(quality, arm.id)["mean_nll"],
-                    rise(quality, shipped, arm.id),
+                name: (
+                    quality_figures.summarise(quality, arm)["mean_nll"],
+                    rise(quality, shipped, arm, by="utf8_bytes" if arm in others else "labels"),
                 )
-                for arm in reference.with_role("teacher")
+                for name, arm in teachers.items()
             }
             | {name: _of_served(quality, shipped, name) for name in quality.get("served", {})},
         }
@@ -224,9 +225,18 @@ def _rise_over_fp32(quality: Mapping[str, Any], shipped: str) -> Interval | None
     return rise(quality, shipped, "onnx:fp32") if "onnx:fp32" in quality["arms"] else None
 
 
-def rise(quality: Mapping[str, Any], ours: str, theirs: str) -> Interval:
-    """Relative rise of one arm's mean NLL over another's, paired by held-out block."""
-    return _rise(quality, _nll(quality, ours), _nll(quality, theirs))
+def rise(
+    quality: Mapping[str, Any],
+    ours: str,
+    theirs: str,
+    *,
+    by: Literal["labels", "utf8_bytes"] = "labels",
+) -> Interval:
+    """Relative rise of one arm's mean NLL over another's, paired by held-out block.
+
+    The mean is over domains, of nats a token or (``utf8_bytes``) of bits a byte.
+    """
+    return _rise(quality, _nll(quality, ours), _nll(quality, theirs), by=by)
 
 
 def _nll(quality: Mapping[str, Any], arm: str) -> list[Array]:
@@ -236,10 +246,15 @@ def _nll(quality: Mapping[str, Any], arm: str) -> list[Array]:
     ]
 
 
-def _rise(quality: Mapping[str, Any], ours: Sequence[Array], theirs: Sequence[Array]) -> Interval:
-    return relative_rise(
-        ours, theirs, [np.asarray(d["labels"], np.float64) for d in quality["domains"].values()]
-    )
+def _rise(
+    quality: Mapping[str, Any],
+    ours: Sequence[Array],
+    theirs: Sequence[Array],
+    *,
+    by: Literal["labels", "utf8_bytes"] = "labels",
+) -> Interval:
+    sizes = [np.asarray(domain[by], np.float64) for domain in quality["domains"].values()]
+    return relative_rise(ours, theirs, sizes)
 
 
 def evaluations(quality: Mapping[str, Any]) -> dict[str, Evaluations]:

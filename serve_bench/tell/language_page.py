@@ -175,7 +175,8 @@ def _headline(data: Mapping[str, Any], evidence: Evidence) -> list[dict[str, str
         )
     if (best := best_teacher(evidence)) is not None:  # it may be behind a server, and no arm
         percent = show(evidence.rise_over_teachers[best][1].value, "%")
-        loss["note"] = f"{percent} against the best teacher, {best}"
+        unit = " in bits a byte" if best in evidence.by_byte else ""
+        loss["note"] = f"{percent}{unit} against the best teacher, {best}"
     return [speed, size, loss, memory]
 
 

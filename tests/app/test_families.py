@@ -115,6 +115,8 @@ def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Pat
     assert report["verdict"] == "pass"
     for name in teachers:
         assert name in page
+    certificate = json.loads((run / "certificate.json").read_text(encoding="utf-8"))
+    assert set(teachers) < set(certificate["figures"]["loss_rise_over"])
     for command in (["verify", run, "--no-speed"], ["pack", run, "--out", models / "packed"]):
         found = call(*command)
         assert found.exit_code == 0, found.output

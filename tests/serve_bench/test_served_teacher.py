@@ -53,6 +53,37 @@ def test_it_is_judged_as_a_teacher_that_ran_here_would_be(monkeypatch: pytest.Mo
     assert "far, the best single teacher" in gate.sentence
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_a_teacher_of_another_tokenizer_is_compared_in_bits_a_byte(
+    monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    """By hand: the mean over domains of bits a byte, which weighs other than that of nats a token.
+
+    A server's teacher is no arm, and is compared all the same.
+    """
+    domains = {
+        "prose": {"labels": [10, 10], "utf8_bytes": [50, 40]},
+        "numbers": {"labels": [10, 10], "utf8_bytes": [10, 12]},
+    }
+    nats = {"onnx:fp32": ([20.0, 24.0], [30.0, 26.0]), "teacher:far": ([25.0, 26.0], [20.0, 21.0])}
+    losses = {
+        arm: {name: {"nll": n} for name, n in zip(domains, found, strict=True)}
+        for arm, found in nats.items()
+    }
+    quality = {"domains": domains, "arms": losses, "mixture_of": [],
+               "other_tokenizers": ["teacher:far"]}  # fmt: skip
+    arms = [Arm("onnx:fp32", "fp32", "form", "onnxruntime", 10, {})]
+    if here:
+        arms.append(Arm("teacher:far", "far", "teacher", "torch", 10, {}))
+    none = Interval(1.0, 1.0, 1.0, 6)
+    timing = Evidence("r", "fp32", {}, none, none, 10, 10, None, {})
+    monkeypatch.setattr(language, "timing_evidence", lambda *_: timing)
+    found = language.evidence([], quality, Reference("r", "fp32", tuple(arms), 3))
+    ours, theirs = (44 / 90 + 56 / 22) / 2, (51 / 90 + 41 / 22) / 2
+    assert found.by_byte == {"far"}
+    assert found.rise_over_teachers["far"][1].value == pytest.approx(ours / theirs - 1)
+
+
 def test_it_is_no_arm(tmp_path: Path) -> None:
     class Student:
         path = tmp_path
