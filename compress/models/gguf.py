@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from compress.models.gguf_config import gguf_config, require_all_read
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.models.tokens import as_written, require_bounded, tokenizers_errors
@@ -111,9 +112,9 @@ _WHOLE_WORDS = {
 }  # a word that is a token needs no merges
 
 _BESIDE = "Put the model's own tokenizer.json beside this file"
-_UNREADABLE = (ValueError, OSError, KeyError, NotImplementedError)
+_UNREADABLE = (ValueError, OSError, LookupError, RuntimeError, AttributeError, TypeError)
 _NORMAL = 1  # type of a token that is part of the vocabulary
-_RULES = 2  # raised when a file's tokenizer is read in another way
+_RULES = 3  # raised when a file is read in another way
 
 
 def gguf_key(file: Path) -> str:
@@ -129,8 +130,13 @@ def dequantise(file: Path, out: Path) -> dict[str, Any]:
         # A progress bar that cannot be turned off.
         with quick_gguf(), contextlib.redirect_stderr(io.StringIO()):
             loaded = load_pretrained(
-                AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32
+                AutoModelForCausalLM,
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                config=gguf_config(file),
             )
+        require_all_read(file, loaded)
     except _UNREADABLE as error:
         raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error
     config = loaded.config

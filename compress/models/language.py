@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.models.body import Body, require_faithful
 from compress.models.gguf import dequantise, gguf_key
+from compress.models.gguf_config import gguf_config
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
@@ -32,7 +33,6 @@ from limbeck.contract.recipe import (
     RandomModel,
     fingerprint,
 )
-from limbeck.contract.sources.gguf import quick_gguf
 from limbeck.contract.sources.hub import hub_config, hub_snapshot
 from limbeck.contract.sources.models import model_path
 from limbeck.contract.sources.places import cache_folder
@@ -95,6 +95,8 @@ def folder_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         know_wrapper(config.model_type)
         return config
+    except ModelError:
+        raise
     except Exception as error:  # a damaged file makes transformers and gguf raise almost anything
         raise ModelError(
             f"{path}: transformers cannot read its configuration ({type(error).__name__}): {error}"
@@ -104,10 +106,7 @@ def folder_config(path: Path) -> Any:
 @functools.lru_cache(maxsize=8)
 def _gguf_config(path: Path, _changed: int) -> Any:
     """The configuration in a GGUF file, which takes seconds to read, with its whole vocabulary."""
-    with quick_gguf():
-        return AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
-        )
+    return gguf_config(path)
 
 
 def load_model(
