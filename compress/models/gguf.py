@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from compress.models.gguf_config import gguf_config, require_all_read
 from limbeck.contract.errors import ModelError
@@ -114,7 +115,7 @@ _WHOLE_WORDS = {
 _BESIDE = "Put the model's own tokenizer.json beside this file"
 _UNREADABLE = (ValueError, OSError, LookupError, RuntimeError, AttributeError, TypeError)
 _NORMAL = 1  # type of a token that is part of the vocabulary
-_RULES = 3  # raised when a file is read in another way
+_RULES = 4  # raised when a file is read in another way
 
 
 def gguf_key(file: Path) -> str:
@@ -164,6 +165,8 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
             architecture, fields, config = get_gguf_tokenizer(str(file))
         if not beside.is_file():
             backend = _inside(architecture, fields)
+            if fields["tokenizer_type"] == "llama" and "gemma" not in architecture:
+                backend = _by_pieces(backend, file, spaced=fields.get("add_prefix_space", True))
     except Exception as error:  # tokenizers raises no class of its own
         raise ModelError(f"{file}: no tokenizer can be read from it: {error}") from error
     if backend is None:
@@ -195,6 +198,27 @@ def _inside(architecture: str, fields: dict[str, Any]) -> Any:
         known = set(fields["tokens"])
         fields["merges"] = [m for m in fields["merges"] if known.issuperset(m.split(" "))]
     return convert_gguf_tokenizer(architecture, fields)[0]
+
+
+def _by_pieces(tokenizer: Any, file: Path, *, spaced: bool) -> Tokenizer:
+    """A SentencePiece ``tokenizer`` as llama.cpp and the tokenizer.json of such models have it.
+
+    If ``spaced``, a space comes before every text and behind every special token; transformers puts
+    it before the first word of a text alone, and wherever the file says.
+    """
+    space = "\u2581"
+    rules = [normalizers.Replace(" ", space)]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(space)] * spaced + rules)
+    tokenizer.pre_tokenizer = None
+    parts = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] * spaced)
+    metadata, _ = read_gguf_metadata(str(file), ())
+    if not any(name in str(metadata.get("general.name")).lower() for name in ("phi-3", "phi3")):
+        return tokenizer
+    tree = json.loads(tokenizer.to_str())  # llama.cpp knows by the name what no file says
+    for token in tree["added_tokens"]:
+        token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    return Tokenizer.from_str(json.dumps(tree))
 
 
 def _split_as(name: str | None, tokenizer: Any, file: Path) -> None:

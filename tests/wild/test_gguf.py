@@ -108,6 +108,8 @@ def written(
     writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
     if pre is not None:
         writer.add_tokenizer_pre(pre)
+    if (name := keys.pop("name", None)) is not None:
+        writer.add_name(name)
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if t in added else TokenType.NORMAL for t in tokens])
     writer.add_token_scores([0.0] * len(tokens))
@@ -200,6 +202,48 @@ def test_a_sentencepiece_file_begins_a_text_unless_it_says_no(tmp_path: Path) ->
         assert special_prefix(read) == right
         theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
         assert read(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
+
+
+SPACES = [
+    "  two",
+    "\n\nx",
+    "the cat<end>sat",
+    "<end> the",
+    "<s>\n the",
+    "<end>\n the</s>  \nthe",
+    " ",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (None, {}),
+        (None, {"add_space_prefix": False}),
+        ("Yi", {"add_space_prefix": True, "add_eos_token": True}),
+        ("Phi3 mini", {}),  # whose special tokens take the white space behind them
+    ],
+)
+def test_a_sentencepiece_file_has_spaces_where_llama_cpp_has_them(
+    tmp_path: Path, name: str | None, keys: dict[str, Any]
+) -> None:
+    tree = json.loads(piece_level(prepends=keys.get("add_space_prefix", True)).to_str())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for token in ("<s>", "</s>", "<|endoftext|>"):
+        number = tree["model"]["vocab"][token] = len(tree["model"]["vocab"])
+        tree["added_tokens"].append({"id": number, "content": token, "special": True} | flags)
+    tokenizer = Tokenizer.from_str(json.dumps(tree))
+    file = written(tmp_path / "a.gguf", tokenizer, pre=None, name=name, **keys)
+    gguf_tokenizer(file).save_pretrained(tmp_path)
+    read = load_tokenizer(tmp_path)
+    texts = [*TEXTS, *SPACES]
+    found = [read(text)["input_ids"] for text in texts]
+    if name is None:
+        assert found == [tokenizer.encode(text).ids for text in texts]
+        assert [read.decode(ids, skip_special_tokens=True) for ids in found[:2]] == texts[:2]
+    pytest.importorskip("cyllama", reason="llama.cpp is not installed")
+    with closing(LlamaCpp(file, 64)) as theirs:
+        assert found == [theirs.encode(text, True) for text in texts]
 
 
 @pytest.mark.parametrize(
