@@ -20,7 +20,7 @@ from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_toke
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from compress.models.gguf_config import gguf_config, require_all_read
+from compress.models.gguf_config import UNREADABLE, gguf_config, require_all_read
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import load_pretrained
 from limbeck.contract.models.tokens import as_written, require_bounded, tokenizers_errors
@@ -139,7 +139,9 @@ def dequantise(file: Path, out: Path) -> dict[str, Any]:
             )
         require_all_read(file, loaded)
     except _UNREADABLE as error:
-        raise ModelError(f"{file}: transformers cannot read this GGUF file: {error}") from error
+        raise ModelError(
+            f"{file}: transformers cannot read this GGUF file: {error}. {UNREADABLE}"
+        ) from error
     config = loaded.config
     # A model loaded from GGUF refuses save_pretrained while it carries this.
     if hasattr(config, "quantization_config"):
@@ -160,13 +162,15 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     inside in another way than llama.cpp does.
     """
     beside, backend = file.parent / "tokenizer.json", None
+    metadata = _metadata(file)
     try:
         with quick_gguf():
             architecture, fields, config = get_gguf_tokenizer(str(file))
         if not beside.is_file():
             backend = _inside(architecture, fields)
             if fields["tokenizer_type"] == "llama" and "gemma" not in architecture:
-                backend = _by_pieces(backend, file, spaced=fields.get("add_prefix_space", True))
+                known = str(metadata.get("general.name")).lower()
+                backend = _by_pieces(backend, known, spaced=fields.get("add_prefix_space", True))
     except Exception as error:  # tokenizers raises no class of its own
         raise ModelError(f"{file}: no tokenizer can be read from it: {error}") from error
     if backend is None:
@@ -191,6 +195,21 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     )
 
 
+def _metadata(file: Path) -> dict[str, Any]:
+    """What a file says without its arrays. Raises `ModelError` unless it holds a language model."""
+    try:
+        found: dict[str, Any] = read_gguf_metadata(str(file), ())[0]
+    except Exception as error:  # a damaged file makes the reader raise almost anything
+        raise ModelError(f"{file}: no GGUF file that can be read: {error}. {UNREADABLE}") from error
+    if "tokenizer.ggml.model" not in found:
+        kind = found.get("general.type", found.get("general.architecture"))
+        raise ModelError(
+            f"{file}: a GGUF file without a tokenizer (its type is {kind}), so no language model. "
+            "Name the file of the model itself; merge an adapter into it first."
+        )
+    return found
+
+
 def _inside(architecture: str, fields: dict[str, Any]) -> Any:
     """The tokenizer of ``fields``, as transformers makes it."""
     if "merges" in fields:
@@ -200,11 +219,11 @@ def _inside(architecture: str, fields: dict[str, Any]) -> Any:
     return convert_gguf_tokenizer(architecture, fields)[0]
 
 
-def _by_pieces(tokenizer: Any, file: Path, *, spaced: bool) -> Tokenizer:
+def _by_pieces(tokenizer: Any, name: str, *, spaced: bool) -> Any:
     """A SentencePiece ``tokenizer`` as llama.cpp and the tokenizer.json of such models have it.
 
     If ``spaced``, a space comes before every text and behind every special token; transformers puts
-    it before the first word of a text alone, and wherever the file says.
+    it before the first word of a text alone, whatever the file says. ``name`` is the model's.
     """
     space = "\u2581"
     rules = [normalizers.Replace(" ", space)]
@@ -212,8 +231,7 @@ def _by_pieces(tokenizer: Any, file: Path, *, spaced: bool) -> Tokenizer:
     tokenizer.pre_tokenizer = None
     parts = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] * spaced)
-    metadata, _ = read_gguf_metadata(str(file), ())
-    if not any(name in str(metadata.get("general.name")).lower() for name in ("phi-3", "phi3")):
+    if not any(part in name for part in ("phi-3", "phi3")):
         return tokenizer
     tree = json.loads(tokenizer.to_str())  # llama.cpp knows by the name what no file says
     for token in tree["added_tokens"]:

@@ -55,6 +55,11 @@ _NEUTRAL: dict[str, Collection[Any]] = {
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
 }
+# Of files that transformers cannot read at all.
+UNREADABLE = (
+    "Download the file again; if that does not help, name the folder of the model that it was made "
+    "from, with its safetensors."
+)
 _REMEDY = "Name the folder of the model that it was made from, with its safetensors."
 
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.models.body import Body, require_faithful
 from compress.models.gguf import dequantise, gguf_key
-from compress.models.gguf_config import gguf_config
+from compress.models.gguf_config import UNREADABLE, gguf_config
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
 from limbeck.contract.models.alignment import relate
@@ -100,6 +100,7 @@ def folder_config(path: Path) -> Any:
     except Exception as error:  # a damaged file makes transformers and gguf raise almost anything
         raise ModelError(
             f"{path}: transformers cannot read its configuration ({type(error).__name__}): {error}"
+            + (f". {UNREADABLE}" if path.is_file() else "")
         ) from error
 
 

@@ -95,6 +95,9 @@ def _differences(name: str, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"sliding window of {_window(config)} tokens there"
     if name == "qwen3" and config.get("attention_bias"):
         yield "attention bias there"
+    width = head_size(config) * int(config["num_attention_heads"])
+    if name == "qwen2" and width != config["hidden_size"]:
+        yield f"heads of {width} numbers in layers of {config['hidden_size']} there"
 
 
 def _gemma_differences(config: Mapping[str, Any]) -> Iterator[str]:
@@ -113,6 +116,8 @@ def _gemma_differences(config: Mapping[str, Any]) -> Iterator[str]:
     ]
     if list(config.get("layer_types") or expected) != expected:
         yield f"other order of windows than one full layer in {_PERIOD}"
+    if len(expected) < _PERIOD:
+        yield f"model of {len(expected)} layers, none of which reads the whole text"
     sliding = dict(_ropes(config)).get(1, {})
     if sliding.get("rope_theta", _SLIDING_THETA) != _SLIDING_THETA:
         yield f"rope_theta {sliding['rope_theta']} in layers with a window"

@@ -6,9 +6,10 @@ the plan on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from limbeck.contract.errors import DataError, RecipeError, UserError
 from limbeck.contract.recipe import (
@@ -19,6 +20,7 @@ from limbeck.contract.recipe import (
     Recipe,
     RecipeModel,
     ServerModel,
+    ShrinkStudent,
     find_recipe,
     load_teacher_recipe,
 )
@@ -153,10 +155,24 @@ def _export_mistakes(recipe: AnyRecipe) -> list[str]:
             if recipe.export.ggufs:
                 from export.gguf.architecture import architecture, whole_config  # needs numpy
 
-                architecture(whole_config(config))
+                architecture(_cut(whole_config(config), student))
     except UserError as error:
         return [f"{where}: {error}"]
     return []
+
+
+def _cut(config: Mapping[str, Any], student: object) -> Mapping[str, Any]:
+    """``config``, which is whole, with the sizes that a student to be cut out of it will have."""
+    if not isinstance(student, ShrinkStudent) or "hidden_size" not in config:
+        return config
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    sizes = student.model_dump(include={"hidden_size", "intermediate_size"}, exclude_none=True)
+    sizes["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    if student.layers is not None:  # which of them are kept is not known yet
+        sizes |= {"num_hidden_layers": student.layers, "layer_types": None}
+    if student.kv_heads is not None and groups:
+        sizes["num_attention_heads"] = student.kv_heads * (heads // groups)
+    return {**config, **sizes}
 
 
 def bench_mistakes(recipe: AnyRecipe) -> list[str]:

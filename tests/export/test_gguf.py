@@ -33,6 +33,7 @@ from tests.factory import Factory
 from tests.pico import make_model, pico_recipe
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}  # rows of whole blocks of 32
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 SIZES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         **WIDE,
@@ -267,14 +268,15 @@ def test_a_plan_knows_the_size(tmp_path: Path) -> None:
         ),
         ({"model_type": "gpt2", "scale_attn_weights": False}, "unscaled attention"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention bias"),
+        ({"model_type": "qwen2", "head_dim": 64}, "heads of 2048 numbers in layers of 4096 there"),
         ({"model_type": "gemma3_text", "attention_bias": True}, "attention bias"),
         ({"model_type": "gemma3_text", "query_pre_attn_scalar": 64}, "attention scale 64 "),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "both directions"),
         (
             {
                 "model_type": "gemma3_text",
-                "num_hidden_layers": 2,
-                "layer_types": ["full_attention", "sliding_attention"],
+                "num_hidden_layers": 6,
+                "layer_types": ["full_attention", *["sliding_attention"] * 5],
             },
             "other order of windows than one full layer in 6",
         ),
@@ -316,11 +318,27 @@ def test_tokenizers_that_llama_cpp_does_not_know_are_refused(
 
 
 def test_validate_refuses_before_training(tmp_path: Path) -> None:
-    base = {"kind": "random", "config": {"model_type": "gpt_neox"}}
+    base: dict[str, Any] = {"kind": "random", "config": {"model_type": "gpt_neox"}}
     recipe = pico_recipe(
         student={"kind": "lora", "base": base}, export={"forms": ["fp32", "gguf-q8_0"]}
     )
     assert any("no GGUF can be written of a gpt_neox" in line for line in mistakes(recipe))
+    for kind, sizes, named in (
+        ("gemma3_text", {"layers": 4}, "no model of 4 layers, none of which reads the whole text"),
+        ("gemma3_text", {"layers": 6}, None),
+        ("qwen2", {"hidden_size": 32}, "no heads of 64 numbers in layers of 32 there"),
+        ("llama", {"hidden_size": 32, "kv_heads": 1}, None),
+    ):
+        base["config"] = {"model_type": kind, **WIDE, **_HEADS} | (
+            {"query_pre_attn_scalar": 16, "num_hidden_layers": 7} if kind == "gemma3_text" else {}
+        )
+        recipe = pico_recipe(
+            student={"kind": "shrink", "base": base} | sizes,
+            export={"forms": ["fp32", "gguf-q8_0"]},
+        )
+        found = [line for line in mistakes(recipe) if "GGUF" in line]
+        assert len(found) == bool(named)
+        assert named is None or named in found[0]
     with pytest.raises(ModelError, match="Unigram tokenizer"):
         require_known({"model": {"type": "Unigram"}})
 

@@ -288,3 +288,36 @@ def test_what_would_be_left_out_is_refused_by_name(
     file = written(tmp_path / "a.gguf", small(), "llama", keys, more)
     with pytest.raises(ModelError, match=rf"a\.gguf: .*{says}.*Name the folder of the model"):
         read(file)
+
+
+def other(file: Path, arch: str, kind: str) -> Path:
+    """A file that is no model: an adapter or a part of a model for pictures."""
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((4, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_that_are_no_whole_model_are_named(tmp_path: Path) -> None:
+    whole = written(tmp_path / "a.gguf", small(), "llama", {}).read_bytes()
+    cut, head = tmp_path / "cut.gguf", tmp_path / "head.gguf"
+    cut.write_bytes(whole[: len(whole) // 2])
+    head.write_bytes(whole[:100])
+    for file, says in (
+        (cut, "transformers cannot read this GGUF file.*Download the file again"),
+        (head, "no GGUF file that can be read.*Download the file again"),
+        (
+            other(tmp_path / "lora.gguf", "llama", "adapter"),
+            "its type is adapter.*merge an adapter",
+        ),
+        (other(tmp_path / "mmproj.gguf", "clip", "mmproj"), "its type is mmproj.*the model itself"),
+    ):
+        with pytest.raises(ModelError, match=rf"{file.name}: .*{says}"):
+            read(file)
+    with pytest.raises(ModelError, match=r"cannot read its configuration.*Download the file again"):
+        folder_config(cut)
