@@ -24,7 +24,7 @@ import numpy.typing as npt
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.files import parse_json
 from limbeck.contract.recipe import ServerModel
-from limbeck.runtime.endpoint import CONNECT, Endpoint, ask, refusal
+from limbeck.runtime.endpoint import CONNECT, Endpoint, ask
 
 _BUSY = (408, 409, 425, 429)  # besides 5xx: the same request may succeed later
 _LONG_NUMBER = re.compile(r"\b\d{4,9}\b")  # a token id that a server refuses, and hardly a limit
@@ -145,7 +145,8 @@ class Server:
         body = self._endpoint.body(list(ids), 1) | {"prompt_logprobs": top}
         answer = self._post(body)
         if (name := answer.get("model")) != self._endpoint.model:
-            raise self._wrong(f"answers as model {name!r}, not {self._endpoint.model!r}")
+            named = self._endpoint.without_key(repr(name))
+            raise self._wrong(f"answers as model {named}, not {self._endpoint.model!r}")
         try:
             entries = answer["choices"][0]["prompt_logprobs"]
             if entries is None:
@@ -175,7 +176,7 @@ class Server:
         for place, entry in enumerate(entries):
             try:
                 by_id = {int(token): float(one["logprob"]) for token, one in entry.items()}
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise self._wrong(f"position {place}: answers what is no log-probability") from None
             label = by_id.get(ids[place + 1])
             if label is None:
@@ -225,12 +226,12 @@ class Server:
                         return found
                     reason = "its answer is no JSON object"
                 elif status in _BUSY or status >= 500:
-                    reason = refusal(status, answer.body)
+                    reason = self._endpoint.refusal(status, answer.body)
                     with contextlib.suppress(ValueError):
                         asked = float(answer.headers.get("retry-after", ""))
                         wait = min(max(wait, asked), _LONGEST_WAIT)
                 else:
-                    reason, hint = refusal(status, answer.body), ""
+                    reason, hint = self._endpoint.refusal(status, answer.body), ""
                     if status in (401, 403):
                         hint = f"; is the key in ${self._model.key_variable} right?"
                     elif any(int(n) in body["prompt"] for n in _LONG_NUMBER.findall(reason)):

@@ -38,6 +38,20 @@ class Endpoint:
         """A greedy request for ``new_tokens`` tokens after a prompt of token ids."""
         return {"model": self.model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0}
 
+    def refusal(self, status: int, body: bytes) -> str:
+        """Status and message of an answer that is an error, without a key that it repeats."""
+        text = body.decode(errors="replace").strip()
+        try:
+            found = parse_json(text)
+            text = str(found.get("error", {}).get("message") or found.get("detail") or text)
+        except (ValueError, AttributeError):
+            pass
+        return f"status {status}: {self.without_key(text)[:300]}"
+
+    def without_key(self, text: str) -> str:
+        """``text`` that the server has written, without the key that it was sent."""
+        return _without(text, self.headers.get("Authorization", "").removeprefix("Bearer "))
+
 
 def require_address(url: str) -> None:
     """Raise `EnvironmentalError` when ``url`` cannot be the address of a server."""
@@ -75,7 +89,7 @@ def find_endpoint(
         ) from None
     if model is not None and model not in found:
         raise EnvironmentalError(
-            f"{base}: no model {model!r}; it has {', '.join(found) or 'none'}."
+            f"{base}: no model {model!r}; it has {_without(', '.join(found), key) or 'none'}."
         )
     if not found:
         raise EnvironmentalError(f"{base}: the server lists no model; name one in the recipe.")
@@ -139,12 +153,5 @@ def ask(
     return found
 
 
-def refusal(status: int, body: bytes) -> str:
-    """Status and message of an answer that is an error."""
-    text = body.decode(errors="replace").strip()
-    try:
-        found = parse_json(text)
-        text = str(found.get("error", {}).get("message") or found.get("detail") or text)
-    except (ValueError, AttributeError):
-        pass
-    return f"status {status}: {text[:300]}"
+def _without(text: str, key: str | None) -> str:
+    return text.replace(key, "[key]") if key else text

@@ -20,7 +20,7 @@ import numpy as np
 from limbeck.contract.data.arrays import Ids, Logits
 from limbeck.contract.errors import DataError, EnvironmentalError
 from limbeck.contract.files import parse_json
-from limbeck.runtime.endpoint import CONNECT, Endpoint, find_endpoint, refusal
+from limbeck.runtime.endpoint import CONNECT, Endpoint, find_endpoint
 
 _LONGEST_EVENT = 1 << 20  # bytes of a line of a stream
 _REFUSAL = 1 << 16  # bytes that are read of an answer that is an error
@@ -103,7 +103,8 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
     try:
         async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
             if response.status != 200:
-                raise ValueError(refusal(response.status, await response.content.read(_REFUSAL)))
+                beginning = await response.content.read(_REFUSAL)
+                raise ValueError(endpoint.refusal(response.status, beginning))
             async for line in response.content:
                 stream.read(line.decode(), clock())
     except aiohttp.ClientError as error:
@@ -195,7 +196,7 @@ class OpenAi:
             ) as response:
                 if response.status_code != 200:
                     beginning = next(response.iter_bytes(_REFUSAL), b"")
-                    raise ValueError(refusal(response.status_code, beginning))
+                    raise ValueError(self._endpoint.refusal(response.status_code, beginning))
                 for line in response.iter_lines():
                     if stream.read(line, time.perf_counter()):
                         yield None

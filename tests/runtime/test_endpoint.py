@@ -18,7 +18,7 @@ from limbeck.app.cli import app
 from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.recipe import parse_recipe
 from limbeck.runtime import endpoint
-from limbeck.runtime.endpoint import find_endpoint, refusal
+from limbeck.runtime.endpoint import Endpoint, find_endpoint
 from tests.pico import pico_recipe
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -84,7 +84,8 @@ def test_a_hostile_list_of_models_is_refused(
 
 
 def test_a_refusal_that_is_nested_too_deeply_is_shown_as_text() -> None:
-    assert refusal(400, b"[" * 100_000) == "status 400: " + "[" * 300
+    found = Endpoint("http://host/v1", "big").refusal(400, b"[" * 100_000)
+    assert found == "status 400: " + "[" * 300
 
 
 ODD = ["http://[::1", "http://[x]", "http://a:b", "http://a:99999999", "http://a\x01b",
@@ -131,6 +132,21 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
     ) as at:
         find_endpoint("http://127.0.0.1:1")
     assert "s3cret" not in str(at.value)
+
+
+def test_a_key_that_a_server_repeats_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's own server repeats a part of a wrong key, a proxy all of it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    named = sized(b'{"data": [{"id": "for s3cret"}]}')
+    with answering(named, b"", 0) as url:
+        with pytest.raises(EnvironmentalError, match=r"no model 'big'; it has for \[key\]"):
+            find_endpoint(url, "big")
+    with answering(named, b"", 0) as url:
+        found = find_endpoint(url)
+    said = b'{"error": {"message": "no such key: Bearer s3cret"}}'
+    assert found.refusal(401, said) == "status 401: no such key: Bearer [key]"
+    long = b"x" * 298 + b"s3cret"
+    assert "s3" not in found.refusal(500, long)
 
 
 def test_a_part_of_an_answer_that_comes_late_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

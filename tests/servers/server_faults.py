@@ -39,6 +39,7 @@ FAULTS: dict[str, tuple[Any, type[LimbeckError], str]] = {
     "nan": (with_value(float("nan")), ModelError, "what is no log-probability"),
     "positive": (with_value(2.5), ModelError, "what is no log-probability"),
     "text": (with_value("low"), ModelError, "what is no log-probability"),
+    "endless": (with_value(-int("9" * 400)), ModelError, "what is no log-probability"),
     "too much": (
         wrong(lambda found: [None, *({t: {"logprob": -0.1} for t in e} for e in found[1:])]),
         ModelError,
