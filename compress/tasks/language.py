@@ -45,6 +45,7 @@ from limbeck.contract.data.heldout import (
     save_calibration,
     save_heldout,
 )
+from limbeck.contract.errors import DataError
 from limbeck.contract.progress import task
 from limbeck.contract.recipe import FittedCalibration, FixedCalibration, FreshStudent, LoraStudent
 from limbeck.contract.results.student import LanguageFigures, Parameters, TeacherResult
@@ -139,7 +140,29 @@ class LanguageTask(LanguageModels):
             assert isinstance(states, TeacherStates)
             return label_nll(states.hidden_RLd, states.head, labels_RL)
 
-        return evaluate(score, self.blocks, device=self.device, label=self.names[k])
+        sums = evaluate(score, self.blocks, device=self.device, label=self.names[k])
+        return sums if self.pairs[k] is None else self._of_all_rows(k, sums)
+
+    def _of_all_rows(self, k: int, sums: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Rows of which teacher ``k`` judges no byte have the nats a byte of their domain.
+
+        Raises `DataError` where it judges no row of a domain.
+        """
+        found = dict(sums)
+        for domain in self.blocks:
+            nats_N, size_N = np.array(sums[domain.name]), domain.heldout.utf8_bytes
+            known_N = ~np.isnan(nats_N)
+            if known_N.all():
+                continue
+            if not size_N[known_N].sum():
+                raise DataError(
+                    f"teachers.{k}: {self.names[k]} judges no held-out text of {domain.name}, so "
+                    "its loss there is not known: its tokens do not meet the student's there. "
+                    "Leave the teacher or the domain out, or hold out more text (data.heldout)."
+                )
+            rate = nats_N[known_N].sum() / size_N[known_N].sum()
+            found[domain.name] = np.where(known_N, nats_N, rate * size_N).tolist()
+        return found
 
     def teacher_seconds(self, k: int) -> float:
         """See `compress.tasks.Task`. Median of three micro-batches."""
@@ -155,7 +178,8 @@ class LanguageTask(LanguageModels):
     def _aligned_nll(self, k: int, states: AnyStates, labels_RL: Tensor) -> Tensor:
         """NLL of each row ``[R]`` of a teacher with another tokenizer, in nats of all its labels.
 
-        Bytes that the teacher does not read as they are count as much as the others.
+        Bytes that the teacher does not read as they are count as much as the others; NaN where it
+        reads none.
         """
         pair, spans = self.pairs[k], states.spans
         assert pair is not None
@@ -164,9 +188,10 @@ class LanguageTask(LanguageModels):
         valid = (labels_RL != IGNORED).cpu()
         last = len(sizes) - 1
         bytes_RL = sizes[labels_RL.cpu().clamp(min=0, max=last)] * valid
-        given = (bytes_RL * (spans.start_RL.cpu() >= 0)).sum(1)
+        given, size = (bytes_RL * (spans.start_RL.cpu() >= 0)).sum(1), bytes_RL.sum(1)
         evidence = teacher_statistics([states], labels_RL)[1][0].double().cpu().sum(1)
-        return -evidence * bytes_RL.sum(1) / given.clamp(min=1)
+        # A row of special tokens alone has no bytes.
+        return -evidence * torch.where(size > 0, size / given, 1.0).nan_to_num(posinf=math.nan)
 
     def describe_teacher(self, report: TeacherResult) -> str:
         nll = report.nll or {}

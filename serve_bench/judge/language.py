@@ -254,7 +254,9 @@ def _rise(
     by: Literal["labels", "utf8_bytes"] = "labels",
 ) -> Interval:
     sizes = [np.asarray(domain[by], np.float64) for domain in quality["domains"].values()]
-    return relative_rise(ours, theirs, sizes)
+    # Special tokens alone have no bytes.
+    some = [found for found in zip(ours, theirs, sizes, strict=True) if found[2].any()]
+    return relative_rise(*zip(*some, strict=True))
 
 
 def evaluations(quality: Mapping[str, Any]) -> dict[str, Evaluations]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import compress
 from compress import loop as train
@@ -222,6 +223,51 @@ def test_means_of_a_batch_are_of_the_same_tokens_and_bytes(tmp_path: Path) -> No
     assert step._means_2K[0, 0] == pytest.approx(entropy / step.count, rel=1e-4)
     assert step._means_2K[1, 0] == pytest.approx(mine / step.count, rel=1e-4)
     assert step._means_2K[1, 1] == pytest.approx(other / step.count, rel=1e-4)
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_held_out_text_that_a_teacher_does_not_judge_is_not_taken_for_known(
+    tmp_path: Path, some: bool
+) -> None:
+    """A row that is one token of the teacher's has the nats a byte of its domain, and not 0."""
+    save_teacher(tmp_path / "pairs", byte_level(330), initializer_range=0.3)
+    rows = ["the", "the dog sat on the log"] if some else ["the"]
+    lines = ""
+    for n in range(30):  # every third row is held out
+        for row in (
+            "the cat sat on the mat, " * 4,
+            "the dog sat on the log; " * 4,
+            rows[n % len(rows)],
+        ):
+            lines += json.dumps({"text": row}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(lines)
+    text = {"kind": "files", "paths": ["rows.jsonl"], "format": {"kind": "jsonl"}}
+    recipe = tiny(
+        tmp_path,
+        teachers=[{"name": "other", "model": {"kind": "local", "path": "pairs"}}],
+        data={"domains": [{"name": "rows", "text": text}],
+              "heldout": {"every": 3, "piece_chars": 128, "blocks": 6}},
+        features={"weight": 0.0},
+        fusion={"calibration": {"kind": "none"}},
+    )  # fmt: skip
+    task = train.setup(recipe=recipe, products={}, work=tmp_path / "w", key="k").task
+    assert isinstance(task, LanguageTask)
+    if not some:
+        wanted = "teachers.0: other judges no held-out text of rows"
+        with pytest.raises(DataError, match=wanted):
+            task.measure_teacher(0)
+        return
+    found = task.measure_teacher(0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pairs")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pairs").eval()
+    ids = torch.tensor([tokenizer(rows[1], add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].double()
+    nats = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    first = len(tokenizer.decode(ids[0, 0]))  # what nothing precedes is not judged
+    expected = nats / (len(rows[1]) - first) / math.log(2)
+    assert found.bits_per_byte is not None
+    assert found.bits_per_byte["rows"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["none", "hidden"])
