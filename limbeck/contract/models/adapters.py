@@ -198,7 +198,12 @@ def join(model: Any, parts: Sequence[tuple[Path, float]], out: Path) -> None:
     for name in names:
         config = model.peft_config[name]
         config.use_rslora = False  # `cat` has put every scale into the matrices
-        if isinstance(config.target_modules, str):  # peft joins no pattern with a list
+        # peft joins no pattern with a list, and forgets which layers a list is meant for.
+        if (
+            isinstance(config.target_modules, str)
+            or config.layers_to_transform is not None
+            or config.exclude_modules
+        ):
             config.target_modules = {
                 place
                 for place, layer in layers.items()

@@ -98,6 +98,9 @@ def lora_teacher(base: Path, out: Path, **options: Any) -> Path:
         ({"alpha_pattern": {"q_proj": 7}}, {}, True),
         ({"target_modules": r".*\.(q|v)_proj"}, {}, True),
         ({"target_modules": "all-linear", "exclude_modules": ["v_proj"]}, {}, True),
+        # Only the teacher has v_proj, and only in one layer.
+        ({"layers_to_transform": [1]}, {"targets": ["q_proj"]}, True),
+        ({"exclude_modules": ["layers.0.self_attn.v_proj"]}, {"targets": ["q_proj"]}, True),
         ({}, {"dora": True}, False),  # its norms are those of the merged weights
         ({"use_dora": True}, {}, False),
         ({"init_lora_weights": "pissa"}, {}, False),  # changes the base when it is loaded
