@@ -115,7 +115,7 @@ _WHOLE_WORDS = {
 _BESIDE = "Put the model's own tokenizer.json beside this file"
 _UNREADABLE = (ValueError, OSError, LookupError, RuntimeError, AttributeError, TypeError)
 _NORMAL = 1  # type of a token that is part of the vocabulary
-_RULES = 4  # raised when a file is read in another way
+_RULES = 5  # raised when a file is read in another way
 
 
 def gguf_key(file: Path) -> str:
@@ -150,6 +150,8 @@ def dequantise(file: Path, out: Path) -> dict[str, Any]:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config = loaded.generation_config
+    if len(ends := _ends(file)) > 1:
+        model.generation_config.eos_token_id = ends
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {"parameters": model.num_parameters()}
@@ -173,6 +175,11 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerFast:
                 backend = _by_pieces(backend, known, spaced=fields.get("add_prefix_space", True))
     except Exception as error:  # tokenizers raises no class of its own
         raise ModelError(f"{file}: no tokenizer can be read from it: {error}") from error
+    start = "tokenizer.chat_template."
+    if named := {n.removeprefix(start): t for n, t in metadata.items() if n.startswith(start)}:
+        # Such as tool_use; transformers reads the one without a name alone.
+        named |= {"default": config["chat_template"]} if config.get("chat_template") else {}
+        config["chat_template"] = named
     if backend is None:
         return _own(beside, file, fields, config)
     if fields["tokenizer_type"] == "gpt2":
@@ -208,6 +215,13 @@ def _metadata(file: Path) -> dict[str, Any]:
             "Name the file of the model itself; merge an adapter into it first."
         )
     return found
+
+
+def _ends(file: Path) -> list[int]:
+    """Tokens at which llama.cpp ends an answer: of a text, of a turn, and of a call of a tool."""
+    metadata = _metadata(file)
+    found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(int(end) for end in found if end is not None))
 
 
 def _inside(architecture: str, fields: dict[str, Any]) -> Any:

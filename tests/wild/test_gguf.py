@@ -6,6 +6,7 @@ The right ids are those of the tokenizers that the files are written from.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -31,6 +32,7 @@ from limbeck.contract.recipe import GgufModel
 from limbeck.contract.sources.digests import model_digest
 from limbeck.contract.sources.preflight import preflight
 from limbeck.contract.sources.tokenizer import load_tokenizer
+from limbeck.runtime.text import load_text
 from tests.pico import make_model, pico_recipe
 from tests.tokenizers import END, byte_level, permute, piece_level
 from tests.wild.test_tokenizers import TEXT, starting
@@ -110,6 +112,8 @@ def written(
         writer.add_tokenizer_pre(pre)
     if (name := keys.pop("name", None)) is not None:
         writer.add_name(name)
+    if templates := keys.pop("templates", None):
+        writer.add_chat_template([{"name": n, "template": t} for n, t in templates.items()])
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if t in added else TokenType.NORMAL for t in tokens])
     writer.add_token_scores([0.0] * len(tokens))
@@ -202,6 +206,21 @@ def test_a_sentencepiece_file_begins_a_text_unless_it_says_no(tmp_path: Path) ->
         assert special_prefix(read) == right
         theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
         assert read(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_chat_templates_keep_their_names(tmp_path: Path, beside: bool) -> None:
+    """A file of Command R or Hermes has one for conversations with tools."""
+    tokenizer = byte_level()
+    for templates in ({"default": "plain", "tool_use": "tools"}, {"tool_use": "tools"}):
+        file = written(tmp_path / "a.gguf", tokenizer, pre="gpt-2", templates=templates)
+        if beside:
+            tokenizer.save(str(tmp_path / "tokenizer.json"))
+        gguf_tokenizer(file).save_pretrained(out := tmp_path / "saved")
+        assert AutoTokenizer.from_pretrained(out).chat_template == templates
+        text = load_text(out)
+        assert (text.template, text.tool_template) == (templates.get("default"), "tools")
+        shutil.rmtree(out)
 
 
 SPACES = [

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.models.gguf_config import gguf_config
 from compress.models.language import folder_config, load_model, model_folder
+from export.folder.ends import end_tokens
 from export.gguf.architecture import as_llama_cpp
 from export.gguf.llama_cpp import LlamaCpp
 from limbeck.contract.errors import ModelError
@@ -122,7 +123,10 @@ EACH = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CA
 
 
 def written(file: Path, model: Any, arch: str, keys: dict[str, Any], more: Any = ()) -> Path:
-    """The model as convert_hf_to_gguf.py writes it, with ``keys`` and tensors that are given."""
+    """The model as convert_hf_to_gguf.py writes it, with ``keys`` and tensors that are given.
+
+    A key that begins with a slash is not the architecture's.
+    """
     writer, config = gguf.GGUFWriter(file, arch), model.config
     epsilon = next(name for name in _EPSILONS if hasattr(config, name))
     kind = "layer_norm_rms_epsilon" if epsilon == "rms_norm_eps" else "layer_norm_epsilon"
@@ -140,7 +144,8 @@ def written(file: Path, model: Any, arch: str, keys: dict[str, Any], more: Any =
     adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in said.items():
         if value is not None:
-            adders.get(type(value), writer.add_bool)(f"{arch}.{key}", value)
+            name = key[1:] if key.startswith("/") else f"{arch}.{key}"
+            adders.get(type(value), writer.add_bool)(name, value)
     vocabulary = make_tokenizer().get_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -288,6 +293,23 @@ def test_what_would_be_left_out_is_refused_by_name(
     file = written(tmp_path / "a.gguf", small(), "llama", keys, more)
     with pytest.raises(ModelError, match=rf"a\.gguf: .*{says}.*Name the folder of the model"):
         read(file)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ends", [{}, {"eot": 30, "eom": 31}, {"eot": 256}])
+def test_an_answer_ends_where_llama_cpp_ends_it(tmp_path: Path, ends: dict[str, int]) -> None:
+    """Llama 3.1's files name the ends of a turn and of a tool's call beside that of a text."""
+    keys = {f"/tokenizer.ggml.{name}_token_id": number for name, number in ends.items()}
+    file = written(tmp_path / "a.gguf", small(), "llama", keys)
+    folder = model_folder(GgufModel(kind="gguf", path=file), folder=tmp_path)
+    found = end_tokens(folder)
+    assert found == list(dict.fromkeys([256, *ends.values()]))
+    pytest.importorskip("cyllama", reason="llama.cpp is not installed")
+    from cyllama.llama import llama_cpp
+
+    llama_cpp.disable_logging()
+    vocabulary = llama_cpp.LlamaModel(str(file), llama_cpp.LlamaModelParams()).get_vocab()
+    assert [number for number in range(258) if vocabulary.is_eog(number)] == sorted(found)
 
 
 def other(file: Path, arch: str, kind: str) -> Path:
