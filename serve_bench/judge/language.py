@@ -83,11 +83,9 @@ def evidence(
     """All the evidence."""
     timing, shipped = timing_evidence(samples, reference), reference.shipped_arm.id
     answered = evaluations(quality)
-    others = quality.get("other_tokenizers", ())
-    # One behind a server is no arm, but its losses are known too.
-    teachers = {arm.removeprefix("teacher:"): arm for arm in others} | {
-        arm.label: arm.id for arm in reference.with_role("teacher")
-    }
+    others, served = quality.get("other_tokenizers", ()), served_teachers(quality, reference)
+    quality = with_served(quality)
+    teachers = {arm.label: arm.id for arm in reference.with_role("teacher")} | served
     return Evidence(
         **vars(timing)
         | {
@@ -107,21 +105,31 @@ def evidence(
                     rise(quality, shipped, arm, by="utf8_bytes" if arm in others else "labels"),
                 )
                 for name, arm in teachers.items()
-            }
-            | {name: _of_served(quality, shipped, name) for name in quality.get("served", {})},
+            },
         }
     )
 
 
-def _of_served(quality: Mapping[str, Any], shipped: str, teacher: str) -> tuple[float, Interval]:
-    """Mean NLL of a teacher behind a server, and the relative rise of the shipped form over it.
+def with_served(quality: Mapping[str, Any]) -> dict[str, Any]:
+    """``quality`` with the losses of all teachers behind servers under ``arms``.
 
-    Its losses are those that its answers gave before the training, on the same blocks.
+    They are those that the answers gave before the training, on the same blocks.
     """
-    blocks = [np.asarray(nats, np.float64) for nats in quality["served"][teacher].values()]
-    labels = [np.sum(domain["labels"]) for domain in quality["domains"].values()]
-    nll = [nats.sum() / count for nats, count in zip(blocks, labels, strict=True)]
-    return float(np.mean(nll)), _rise(quality, _nll(quality, shipped), blocks)
+    served = {
+        f"teacher:{name}": {domain: {"nll": nats} for domain, nats in blocks.items()}
+        for name, blocks in quality.get("served", {}).items()
+    }
+    return {**quality, "arms": quality["arms"] | served}
+
+
+def served_teachers(quality: Mapping[str, Any], reference: Reference) -> dict[str, str]:
+    """Names of the teachers behind servers, which are no arms, and how `with_served` calls them."""
+    known = [
+        *quality.get("other_tokenizers", ()),
+        *(f"teacher:{name}" for name in quality.get("served", {})),
+    ]
+    here = {arm.id for arm in reference.arms}
+    return {arm.removeprefix("teacher:"): arm for arm in known if arm not in here}
 
 
 def result(

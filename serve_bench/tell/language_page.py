@@ -12,6 +12,8 @@ from limbeck.contract.data.evals import TITLES
 from limbeck.contract.recipe import Recipe
 from serve_bench.judge.figures import Sample
 from serve_bench.judge.gates import Evidence, best_teacher, show
+from serve_bench.judge.language import rise, served_teachers, with_served
+from serve_bench.judge.quality import summarise
 from serve_bench.judge.task import Judged
 from serve_bench.tell import charts, sections
 from serve_bench.tell.bubbles import Bubble, quality_against_speed
@@ -68,6 +70,7 @@ def page(
 ) -> Page:
     """See `TellingTask`."""
     quality, log = judged.measured.quality, _read_log(student.path / "log.jsonl")
+    served = _served(judged)
     domains = _domains(recipe, data)
     choices = [same for arms in quality["same_choice"].values() for same in arms.values()]
     promised = certificate["figures"]
@@ -79,7 +82,8 @@ def page(
             "headline": _headline(data, judged.evidence),
             "teachers": _teachers(recipe, student),
             "domains": domains,
-            "best": _best(data),
+            "best": _best(data, served),
+            "served": served,
             "pictures": _pictures(data, judged, log),
             "trade_note": "",
             "noise": _noise(data),
@@ -97,7 +101,7 @@ def page(
             ),
             "parity_note": ": prompts, token by token, in chunks, and ragged batches",
             "rows": sections.rows(data),
-            "loss_steps": sections.loss_steps(data),
+            "loss_steps": sections.loss_steps(data, list(served.values())),
             "coverage": _coverage(student),
             "evals": _evaluations(data),
             "against_memory": sections.against_memory(data),
@@ -220,9 +224,23 @@ def _domains(recipe: Recipe, data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _best(data: Mapping[str, Any]) -> dict[str, str]:
-    """Which arm is best in each column of the quality table."""
-    arms = {name: arm["quality"] for name, arm in data["arms"].items() if arm["quality"]}
+def _served(judged: Judged) -> dict[str, dict[str, Any]]:
+    """Label, quality and the shipped form's rise over it, of each teacher behind a server."""
+    reference, quality = judged.measured.reference, with_served(judged.measured.quality)
+    return {
+        arm: {
+            "label": name,
+            "quality": summarise(quality, arm),
+            "rise": rise(quality, reference.shipped_arm.id, arm),
+        }
+        for name, arm in served_teachers(quality, reference).items()
+    }
+
+
+def _best(data: Mapping[str, Any], served: Mapping[str, Any]) -> dict[str, str]:
+    """Which row is best in each column of the quality table."""
+    rows = {**data["arms"], **served}
+    arms = {name: arm["quality"] for name, arm in rows.items() if arm["quality"]}
     columns = {"mean": {name: quality["mean_nll"] for name, quality in arms.items()}}
     for domain in data["heldout"]:
         columns[domain] = {

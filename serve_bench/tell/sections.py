@@ -102,17 +102,16 @@ def size_and_memory(
     return size, memory
 
 
-def loss_steps(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+def loss_steps(
+    data: Mapping[str, Any], served: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """Held-out loss from the best teacher to what ships, and what each step between them did:
     distilling, rounding, recovery.
 
-    Fewer than two steps are no story and give nothing.
+    ``served`` are teachers that are no arms. Fewer than two steps are no story and give nothing.
     """
-    best = min(
-        (arm for arm in data["arms"].values() if arm["role"] == "teacher" and arm["quality"]),
-        key=lambda arm: float(arm["quality"]["mean_nll"]),
-        default=None,
-    )
+    arms = [arm for arm in data["arms"].values() if arm["role"] == "teacher" and arm["quality"]]
+    best = min([*arms, *served], key=lambda arm: float(arm["quality"]["mean_nll"]), default=None)
     shipped = data["arms"][f"onnx:{data['shipped']}"]
     places = [] if best is None else [("", f"{best['label']}, the best teacher", _nll(best))]
     if recovery := data["onnx"].get("recovery"):

@@ -115,6 +115,10 @@ def test_three_teachers_of_two_families_and_a_server_reach_a_verdict(models: Pat
     assert report["verdict"] == "pass"
     for name in teachers:
         assert name in page
+    # A row of its own in the table of quality: its bits a byte, as its answers gave them.
+    assert "served<small>teacher, behind a server</small>" in page
+    bits = list(teachers["served"]["bits_per_byte"].values())
+    assert f'<td class="n">{sum(bits) / len(bits):.4f}</td>' in page
     certificate = json.loads((run / "certificate.json").read_text(encoding="utf-8"))
     assert set(teachers) < set(certificate["figures"]["loss_rise_over"])
     for command in (["verify", run, "--no-speed"], ["pack", run, "--out", models / "packed"]):

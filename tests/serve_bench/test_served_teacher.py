@@ -20,7 +20,8 @@ from tests.pico import pico_recipe
 
 def test_it_is_judged_as_a_teacher_that_ran_here_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
-    domains = {name: {"labels": [20, 25, 30, 31]} for name in ("letters", "numbers")}
+    sizes = {"labels": [20, 25, 30, 31], "utf8_bytes": [50, 60, 70, 71]}
+    domains = dict.fromkeys(("letters", "numbers"), sizes)
     losses = {
         arm: {name: {"nll": draw.uniform(50, 90, 4).tolist()} for name in domains}
         for arm in ("onnx:fp32", "teacher:here")
@@ -30,15 +31,15 @@ def test_it_is_judged_as_a_teacher_that_ran_here_would_be(monkeypatch: pytest.Mo
         for arm, role in (("onnx:fp32", "form"), ("teacher:here", "teacher"))
     )
     same = {name: found["nll"] for name, found in losses["teacher:here"].items()}
-    quality = {"domains": domains, "arms": losses, "served": {"far": same}}
+    quality = {"domains": domains, "arms": losses, "served": {"far": same}, "mixture_of": []}
     none = Interval(1.0, 1.0, 1.0, 6)
     timing = Evidence("r", "fp32", {}, none, none, 10, 10, None, {})
     monkeypatch.setattr(language, "timing_evidence", lambda *_: timing)
     nll = np.mean([sum(nats) / sum(domains[name]["labels"]) for name, nats in same.items()])
-    monkeypatch.setattr(language.quality_figures, "summarise", lambda *_: {"mean_nll": nll})
     found = language.evidence([], quality, Reference("r", "fp32", arms, 3))
     far, here = found.rise_over_teachers["far"], found.rise_over_teachers["here"]
-    assert far[0] == pytest.approx(here[0])
+    assert far[0] == pytest.approx(nll)
+    assert here[0] == pytest.approx(nll)
     assert dataclasses.astuple(far[1]) == pytest.approx(dataclasses.astuple(here[1]))
     better = {name: [nats - 5 for nats in values] for name, values in same.items()}
     found = language.evidence(

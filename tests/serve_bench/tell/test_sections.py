@@ -106,6 +106,20 @@ def test_the_loss_is_followed_from_the_best_teacher_to_what_ships(data: dict[str
     assert sections.loss_steps(data) == []
 
 
+def test_the_best_teacher_may_be_behind_a_server() -> None:
+    def arm(label: str, role: str, nll: float) -> dict[str, Any]:
+        domains = {"prose": {"nll": nll}}
+        return {"label": label, "role": role, "quality": {"mean_nll": nll, "domains": domains}}
+
+    arms = {"teacher:here": arm("here", "teacher", 3.0), "onnx:fp32": arm("fp32", "form", 2.8),
+            "onnx:int8-weight": arm("int8-weight", "form", 2.9)}  # fmt: skip
+    data = {"shipped": "int8-weight", "onnx": {}, "arms": arms}
+    assert sections.loss_steps(data)[0]["label"] == "here, the best teacher"
+    steps = sections.loss_steps(data, [arm("far", "teacher", 2.0)])
+    assert steps[0]["label"] == "far, the best teacher"
+    assert steps[1]["change"]["mean"] == pytest.approx(0.4)
+
+
 def test_every_figure_is_a_row(data: dict[str, Any]) -> None:
     rows = {(row["arm"], row["what"]): row for row in sections.rows(data)}
     assert rows["int8-weight", "size on disk"]["value"] == pytest.approx(143.4)
