@@ -129,12 +129,14 @@ def test_what_cannot_be_is_reported_and_nothing_is_written(tmp_path: Path) -> No
 
 
 def test_columns_of_an_arrow_file_are_those_of_its_schema(tmp_path: Path) -> None:
-    """Text that a dictionary stands for is text."""
-    table = pyarrow.table({"notes": pyarrow.array(["a", "b"]).dictionary_encode(), "size": [1, 2]})
+    """Text that a dictionary stands for is text, and so are views of it, which polars writes."""
+    notes = pyarrow.array(["a", "b"]).dictionary_encode()
+    views = pyarrow.array(["a", "b"], pyarrow.string_view())
+    table = pyarrow.table({"notes": notes, "views": views, "size": [1, 2]})
     path = tmp_path / "rows.arrow"
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
         out.write_table(table)
-    assert _fields(path) == {"notes": "text", "size": "int64"}
+    assert _fields(path) == {"notes": "text", "views": "text", "size": "int64"}
     path.write_bytes(b"of mine")
     with pytest.raises(DataError, match=r"--data .*rows\.arrow: not an Arrow file"):
         _fields(path)

@@ -389,7 +389,10 @@ def _columns(path: Path) -> dict[str, str]:
     found = {}
     for field in schema:
         kind = field.type.value_type if types.is_dictionary(field.type) else field.type
-        is_text = types.is_string(kind) or types.is_large_string(kind)
+        # polars writes views
+        is_text = any(
+            f(kind) for f in (types.is_string, types.is_large_string, types.is_string_view)
+        )
         found[field.name] = _TEXT if is_text else str(field.type)
     return found
 
