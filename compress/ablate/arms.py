@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.contract.errors import RecipeError
-from limbeck.contract.recipe import AnyRecipe, parse_any_recipe
+from limbeck.contract.recipe import AnyRecipe, Recipe, parse_any_recipe
+from limbeck.contract.sources.teacher_tokens import tokenizer_mistakes
 
 Changes = Mapping[str, Mapping[str, Any]]  # by section of the recipe
 ORACLE = "routed-oracle"  # no student: each domain is answered by the teacher that reads it best
@@ -17,6 +18,7 @@ EQUAL_TIME = "ce-only-equal-time"  # cross-entropy alone, for as many seconds as
 STARTS = ("base", "merge")
 SINGLE = "single-"  # followed by the name of the one teacher that is used
 ACROSS = "across-"  # followed by the loss against teachers with another tokenizer
+_LOSSES = ("projected", "chunk", "uld")
 
 
 def _weights(kind: str, **options: Any) -> Changes:
@@ -121,7 +123,7 @@ def changes_of(recipe: AnyRecipe, arm: str) -> Changes | None:
         return design.arms[arm]
     if arm in [f"{SINGLE}{teacher.name}" for teacher in recipe.teachers]:
         return {}
-    if design.has_starts and arm in [f"{ACROSS}{loss}" for loss in ("projected", "chunk", "uld")]:
+    if design.has_starts and arm in [f"{ACROSS}{loss}" for loss in _LOSSES]:
         return {"fusion": {"across": arm.removeprefix(ACROSS)}}
     return None
 
@@ -212,7 +214,13 @@ def require_arm(recipe: AnyRecipe, arm: str) -> None:
     name, at, start = arm.partition("@")
     if changes_of(recipe, name) is None:
         known = [*design.arms, *(f"{SINGLE}{teacher.name}" for teacher in recipe.teachers)]
+        known += [f"{ACROSS}{loss}" for loss in _LOSSES if design.has_starts]
         raise RecipeError(f"--arms {arm}: no such arm; known: {', '.join(known)}.")
+    if name.startswith(ACROSS):  # before other arms are trained
+        made = variant(recipe, name, 0, {})
+        assert isinstance(made, Recipe), "only language models have such arms"
+        for mistake in tokenizer_mistakes(made):
+            raise RecipeError(f"--arms {arm}: {mistake}.")
     if not at:
         return
     is_trained = not is_merge(name) and name != ORACLE

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.ablate.arms import require_arm
 from compress.aligned import AlignedStates, Alignment
 from compress.models.body import Body
 from compress.states import SparseStates
@@ -219,10 +220,14 @@ def test_sorted_probabilities_are_refused(
     served = recipe_of(tmp_path, far(server, gemma), fusion=fusion, training={"tokens": 64})
     with pytest.raises(RecipeError, match=wanted + "its server gives"):
         compress.distill(recipe=served, out=tmp_path / "student")
+    base = {"kind": "local", "path": str(save_teacher(tmp_path / "base", byte_level()))}
+    plain = recipe_of(tmp_path, far(server, gemma), student={"base": base, "dropout": 0.0})
+    require_arm(plain, "across-chunk")
+    with pytest.raises(RecipeError, match=r"--arms across-uld: " + wanted):  # before any training
+        require_arm(plain, "across-uld")
     here = {"name": "big", "model": {"kind": "local", "path": str(gemma)}}
     with pytest.raises(RecipeError, match=wanted + "the cache topk keeps"):
         compress.distill(recipe=recipe_of(tmp_path, here, fusion=fusion), out=tmp_path / "student")
-    base = {"kind": "local", "path": str(save_teacher(tmp_path / "base", byte_level()))}
     known = recipe_of(tmp_path, here, fusion=fusion, student={"base": base, "dropout": 0.0})
     assert any("uld compares whole" in line for line in mistakes(known))
     assert not server.bodies
