@@ -144,7 +144,8 @@ class Teachers:
         self.heads = []
         for head in heads:
             weight = cast.setdefault(id(head.weight_Vd), head.weight_Vd.to(compute_dtype))
-            self.heads.append(replace(head, weight_Vd=weight))
+            bias = head.bias_V.to(compute_dtype) if head.bias_V is not None else None
+            self.heads.append(replace(head, weight_Vd=weight, bias_V=bias))
         self.widths, self.depths = [b.width for b in self.bodies], [b.layers for b in self.bodies]
         self._contexts = [context_of(folder.base) for folder in folders]
         self.pairs = list(pairs) if pairs is not None else [None] * len(folders)

@@ -21,7 +21,7 @@ from limbeck.contract.models.adapters import attach, merged
 from limbeck.contract.models.loading import require_finite
 from limbeck.contract.recipe import LoraStudent, RandomModel
 from serve_bench.worker.runtimes import TorchEager
-from tests.pico import make_tokenizer
+from tests.pico import make_model, make_tokenizer
 from tests.wild.cases.adapters import (
     IDS,
     LAYERS,
@@ -69,6 +69,27 @@ def test_training_and_bench_compute_what_peft_computes(
     torch.testing.assert_close(torch.from_numpy(arm.score(IDS[0].numpy())), right[0], **CLOSE)
     prompt = IDS[:, :6].numpy()
     assert arm.begin(prompt, 1).tolist() == right[:, 5].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_bias_of_a_head_is_computed_in_the_type_of_its_weights(
+    bases: dict[bool, Path], tmp_path: Path, dtype: str, adapted: bool
+) -> None:
+    """Phi's head has one, and so has one with a LoRA of ``lora_bias``."""
+    base, adapter = bases[False], None
+    if adapted:
+        adapter = make_adapter(base, tmp_path / "adapter", LORA["head, lora_bias"])
+    else:
+        sizes = {"vocab_size": 258, "max_position_embeddings": 64}
+        base = make_model(tmp_path / "phi", model_type="phi", **sizes)
+        weights = load_file(base / "model.safetensors")
+        weights["lm_head.bias"] += torch.arange(258) / 50  # new models have zeros
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+    right = peft_logits(base, adapter) if adapter else load(base)(input_ids=IDS).logits.detach()
+    (ours,) = our_logits([teacher("one", base, adapter, dtype=dtype)])
+    share = 0.05 if dtype == "bf16" else 0.01
+    assert float((ours - right).abs().max()) < share * float(right.abs().max())
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
