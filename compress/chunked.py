@@ -35,6 +35,7 @@ class FusionTerms:
     weights_KRL: Tensor
     entropy_KRL: Tensor  # nats, of the calibrated teachers at tau = 1
     label_logp_KRL: Tensor  # nats
+    own_logp_RL: Tensor  # of the label under the student, nats
     reach: Reach | None = None  # of teachers with other tokenizers
 
 
@@ -82,6 +83,7 @@ def fused_loss(
         batch.weights_KRL,
         batch.entropy_KRL,
         batch.label_logp_KRL,
+        batch.own_logp_RL,
         batch.reach,
     )
 
@@ -159,6 +161,7 @@ class _Batch:
     weights_KRL: Tensor = field(init=False)
     entropy_KRL: Tensor = field(init=False)
     label_logp_KRL: Tensor = field(init=False)
+    own_logp_RL: Tensor = field(init=False)
     reach: Reach | None = field(init=False)
     mixed: list[int] = field(init=False)  # teachers in the fused target
     across: list[int] = field(init=False)  # the others, which have a loss of their own
@@ -171,6 +174,7 @@ class _Batch:
         self.weights_KRL = torch.zeros(shape, device=self.labels_RL.device)
         self.entropy_KRL = torch.zeros_like(self.weights_KRL)
         self.label_logp_KRL = torch.zeros_like(self.weights_KRL)
+        self.own_logp_RL = self.weights_KRL.new_zeros(self.labels_RL.shape)
         # When weights are computed: with each block, with each chunk of whole rows where a weight
         # depends on its row, or ahead of the chunks where it depends on more than a chunk holds.
         self.reach = Reach.of([t.spans for t in self.teachers], self.labels_RL)
@@ -266,7 +270,9 @@ class _Batch:
         z_BV = head.finish(product_CV[block])
         q_BV, norm_B1 = softmax_and_norm(z_BV)
         logq_BV = z_BV.sub_(norm_B1)  # in place: the logits are not read again
-        cross_entropy = -float(logq_BV.gather(1, labels_B1).double().sum())
+        logq_B = logq_BV.gather(1, labels_B1)[:, 0]
+        self.own_logp_RL[place[0][block], place[1][block]] = logq_B.float()
+        cross_entropy = -float(logq_B.double().sum())
         self.cross_entropy += cross_entropy
         alpha, beta, fusion, slope_BV = 1.0, 0.0, 0.0, q_BV
         if readings and self.reach is not None:

@@ -52,6 +52,11 @@ class Reach:
         ]
         return cls(*(torch.stack(part) for part in zip(*given, strict=True)))
 
+    @property
+    def joint_RL(self) -> Tensor:
+        """Labels behind which every teacher that judges them has a boundary."""
+        return (self.ends_KRL | ~self.evidence_KRL).all(0)
+
     def at(self, where: tuple[Any, ...]) -> Reach:
         """Pick positions by an index of ``[R, L]``."""
         return Reach(
@@ -115,7 +120,7 @@ def _within_reach(
     """`weigh`, over the teachers that have a distribution for the label."""
     target_KRL, logp_KRL = reach.target_KRL, of_the_same_bytes(label_logp_KRL, reach)
     if isinstance(config, LabelWeights | CaMkdWeights) and config.granularity == "token":
-        logp_KRL = _of_joint_chunks(logp_KRL * (labels_RL != IGNORED), reach)
+        logp_KRL = of_joint_chunks(logp_KRL * (labels_RL != IGNORED), reach)
     weights = _raw_weights(
         config, entropy_KRL, logp_KRL, labels_RL, names, global_means_2K, prior_KR, target_KRL
     )
@@ -148,12 +153,12 @@ def of_the_same_bytes(logp_KRL: Tensor, reach: Reach) -> Tensor:
     return torch.where(given_KRL, logp_KRL, mean_RL)
 
 
-def _of_joint_chunks(logp_KRL: Tensor, reach: Reach) -> Tensor:
+def of_joint_chunks(logp_KRL: Tensor, reach: Reach) -> Tensor:
     """Sums of log-likelihoods between the boundaries that all teachers share, at each position.
 
     Only these are of the same bytes for all of them.
     """
-    joint_RL = (reach.ends_KRL | ~reach.evidence_KRL).all(0).long()
+    joint_RL = reach.joint_RL.long()
     index_KRL = (joint_RL.cumsum(-1) - joint_RL).expand_as(logp_KRL)
     sums_KRL = torch.zeros_like(logp_KRL).scatter_add_(-1, index_KRL, logp_KRL)
     return sums_KRL.gather(-1, index_KRL)

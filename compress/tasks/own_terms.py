@@ -17,22 +17,17 @@ from compress.head import IGNORED
 from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.own_text import OwnRow
-from compress.weights import Reach, of_the_same_bytes
+from compress.weights import Reach, of_joint_chunks, of_the_same_bytes
 from limbeck.contract.recipe import PosteriorWeights
 
 
 class OwnTerms:
     """Sums over the own rows of one step. `figures` adds up all processes."""
 
-    def __init__(self, places: Sequence[str], names: Sequence[str], *, estimates: bool) -> None:
-        """``names`` are the teachers'.
-
-        ``estimates`` is False where a teacher's likelihoods are of other tokens than the student's:
-        then the reverse KL cannot be estimated from the labels.
-        """
+    def __init__(self, places: Sequence[str], names: Sequence[str]) -> None:
+        """``names`` are the teachers'."""
         self._places, self._names = places, names
-        self._divergence = self._log_ratio = self._repetition = self._rows = 0.0
-        self._estimates = estimates
+        self._divergence = self._log_ratio = self._judged = self._repetition = self._rows = 0.0
         self._weights_PK = torch.zeros(len(places), len(names), dtype=torch.float64)
         self._labels_P = torch.zeros(len(places), dtype=torch.float64)
 
@@ -40,11 +35,9 @@ class OwnTerms:
         """Add one micro-batch, all of whose ``rows`` are own ones."""
         valid_RL = labels_RL != IGNORED
         self._divergence += terms.divergence
-        # log q of what was sampled, less log of the mixture sum_k w_k p_k: a sample of KL(q || p).
-        log_mixture_T = torch.logsumexp(
-            terms.weights_KRL[:, valid_RL].log() + terms.label_logp_KRL[:, valid_RL], dim=0
-        )
-        self._log_ratio += -terms.cross_entropy - float(log_mixture_T.double().sum())
+        log_ratio, judged = log_ratio_to_mixture(terms, valid_RL)
+        self._log_ratio += log_ratio
+        self._judged += judged
         for index, row in enumerate(rows):
             self._repetition += row.repetition
             self._labels_P[row.prompt.place] += len(row.new)
@@ -54,13 +47,13 @@ class OwnTerms:
 
     def figures(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
         """Return means over all processes, added up by ``reduce``; None without rows."""
-        sums = [self._divergence, self._log_ratio, self._repetition, self._rows]
+        sums = [self._divergence, self._log_ratio, self._judged, self._repetition, self._rows]
         packed = torch.cat(
             [torch.tensor(sums, dtype=torch.float64), self._labels_P, self._weights_PK.flatten()]
         )
         P, K = self._weights_PK.shape
         head, labels_P, weights = reduce(packed).split([len(sums), P, P * K])
-        divergence, log_ratio, repetition, rows = head.tolist()
+        divergence, log_ratio, judged, repetition, rows = head.tolist()
         tokens = float(labels_P.sum())
         if not rows:
             return None
@@ -70,7 +63,7 @@ class OwnTerms:
             "tokens": int(tokens),
             "length": tokens / rows,
             "divergence": divergence / tokens,
-            "reverse_kl": log_ratio / tokens if self._estimates else None,
+            "reverse_kl": log_ratio / judged if judged else None,
             "repetition": repetition / rows,
             "weights": {
                 place: {n: round(w, 4) for n, w in zip(self._names, share_K, strict=True)}
@@ -80,6 +73,27 @@ class OwnTerms:
                 if labels
             },
         }
+
+
+def log_ratio_to_mixture(terms: FusionTerms, valid_RL: Tensor) -> tuple[float, int]:
+    """log q of what the student drew, less log sum_k w_k p_k: a sample of KL(q || teachers).
+
+    Returns its sum in nats, and the number of labels in it. With teachers of other tokenizers p is
+    that of the chunks between boundaries that all teachers share, with the weights at the chunk's
+    beginning. Left out are labels that no teacher judges, and a chunk that begins in the prompt.
+    """
+    logp_KRL, own_RL, start_RL = terms.label_logp_KRL, terms.own_logp_RL, valid_RL
+    if (reach := terms.reach) is not None:
+        start_RL = valid_RL & reach.evidence_KRL.any(0)
+        start_RL[:, 1:] &= reach.joint_RL[:, :-1]
+        valid_RL = of_joint_chunks(start_RL[None].float(), reach)[0] > 0
+        own_RL = of_joint_chunks(own_RL[None], reach)[0]
+        logp_KRL = of_joint_chunks(of_the_same_bytes(logp_KRL, reach), reach)
+    log_mixture_N = torch.logsumexp(
+        terms.weights_KRL[:, start_RL].log() + logp_KRL[:, start_RL], dim=0
+    )
+    log_ratio_N = own_RL[start_RL].double() - log_mixture_N.double()
+    return float(log_ratio_N.sum()), int(valid_RL.sum())
 
 
 def evidence_of_prompts(

@@ -15,6 +15,7 @@ from compress.chunked import fused_loss
 from compress.head import IGNORED, Head
 from compress.loss import plain_loss
 from compress.states import TeacherStates, teacher_statistics
+from compress.tasks.own_terms import log_ratio_to_mixture
 from compress.weights import Reach, weigh
 from limbeck.contract.models.alignment import Aligner, projection
 from limbeck.contract.recipe import (
@@ -163,6 +164,9 @@ def test_a_permuted_vocabulary_changes_nothing(weights: Any) -> None:
     given, moved = parts, {**parts, "teachers": [parts["teachers"][0], permuted]}
     expected, found = fused_loss(fusion, **given), fused_loss(fusion, **moved)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    ratio, count = log_ratio_to_mixture(found, content)
+    assert (ratio, count) == (pytest.approx(log_ratio_to_mixture(expected, content)[0], rel=1e-5),
+                              int(content.sum()))  # fmt: skip
     torch.testing.assert_close(found.weights_KRL[:, content], expected.weights_KRL[:, content])
     torch.testing.assert_close(found.entropy_KRL, expected.entropy_KRL, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.label_logp_KRL, expected.label_logp_KRL, rtol=1e-5, atol=1e-5)
@@ -328,3 +332,32 @@ def test_entropy_counts_by_bytes() -> None:
     theirs, ours = (len(side) for side in (PAIRS["smaller"].aligner.row(
         OWN.tokenizer.encode(TEXTS[0]).ids).ids, OWN.tokenizer.encode(TEXTS[0]).ids))  # fmt: skip
     assert float(a.rate_R[0]) == pytest.approx(theirs / ours, rel=0.05)
+
+
+@pytest.mark.parametrize("names", [["gemma"], ["gemma", "smaller"]], ids=str)
+def test_the_reverse_kl_of_a_sample_is_that_of_the_text(names: list[str]) -> None:
+    """Chunk by chunk, with the likelihoods of whole chunks and the weights where they begin."""
+    parts = problem(*names, same=1)
+    labels = parts["labels_RL"]
+    valid = labels != IGNORED
+    valid[:, :4] = False  # a prompt
+    terms = fused_loss(Fusion(), **parts)
+    logits_RLV = parts["head"].logits(parts["hidden_RLd"]).detach()
+    logq_RL = torch.log_softmax(logits_RLV, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    spans = [teacher.spans for teacher in parts["teachers"][1:]]
+    total = count = 0.0
+    for r, row in enumerate(valid):
+        first = 0
+        for t in range(len(row)):
+            if not all(s.ends_RL[r, t] or s.start_RL[r, t] < 0 for s in spans):
+                continue
+            chunk = slice(first, t + 1)
+            if row[first]:
+                logp_K = terms.label_logp_KRL[:, r, chunk].sum(-1)
+                mixture = torch.logsumexp(terms.weights_KRL[:, r, first].log() + logp_K, 0)
+                total += float(logq_RL[r, chunk].sum() - mixture)
+                count += t + 1 - first
+            first = t + 1
+    found = log_ratio_to_mixture(terms, valid)
+    assert found == (pytest.approx(total, rel=1e-4), count)
+    assert 0 < count < int((labels != IGNORED).sum())
