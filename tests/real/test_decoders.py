@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from export import export_student, verify_parity
 from export.heldout import heldout_nll, relative_rise
@@ -39,6 +41,7 @@ GGUFS = {
 RISES = {"int8-weight": 0.01, "int8-dynamic": 0.03, "int8-static": 0.03, "int4-weight": 0.06}
 GGUF_RISES = {"gguf-q8_0": 0.01, "gguf-q4_0": 0.1}
 COUNT = 12  # tokens of an answer
+TIE = 0.1  # logits of torch that are nearer than this
 
 pytestmark = [
     pytest.mark.slow,
@@ -158,4 +161,23 @@ def test_other_programs_answer_as_torch(exported: Artifact, program: str) -> Non
     ]
     decoder = Decoder(exported.path, form="int8-weight")
     for row, tokens in zip(prompts, found["tokens"]["int8-weight"], strict=True):
-        assert until_end(tokens, end) == list(decoder.generate(row, COUNT, stop_ids=end))
+        theirs, ours = until_end(tokens, end), list(decoder.generate(row, COUNT, stop_ids=end))
+        if (at := first_difference(theirs, ours)) is not None:
+            # Rounding to 8 bits depends on the rows beside, and may turn what is a tie for torch.
+            logits_V = torch_logits(model, [*row, *ours[:at]])
+            assert abs(float(logits_V[theirs[at]] - logits_V[ours[at]])) < TIE
+
+
+def first_difference(theirs: list[int], ours: list[int]) -> int | None:
+    """Where two answers part; None if they do not."""
+    if theirs == ours:
+        return None
+    return next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b)
+
+
+@torch.inference_mode()
+def torch_logits(model: Path, ids: list[int]) -> torch.Tensor:
+    """torch's logits ``[V]`` after ``ids``."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    logits_V: torch.Tensor = loaded(torch.tensor([ids])).logits[0, -1]
+    return logits_V
