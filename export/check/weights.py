@@ -29,7 +29,7 @@ from limbeck.contract.errors import ParityError
 
 # The largest error of each kind; docs/experiments/forms.md has the measured values. For weights it
 # is |w' - w| / |w| of one output. In 8 bits it is at most sqrt(K) / 440 where one outlier sets the
-# step of the whole output (7 bits: sqrt(K) / 218), so 0.4 at K = 8,000; a fault comes to 1. What is
+# step of K weights (7 bits: sqrt(K) / 218), so that the limit grows with K. What is
 # not rounded may be cast to 16 bits, which keep 11 bits of a number. For an activation it is how
 # far the outermost codes are from its measured range, over the width of that range: up to half a
 # step of 255, because a zero point is a whole number.
@@ -44,11 +44,13 @@ class WeightError:
     name: str
     kind: str  # a key of `_LIMITS`
     error: float
+    sharing: int = 10_000  # weights of one step
 
     @property
     def limit(self) -> float:
         """What rounding may cost at most."""
-        return _LIMITS[self.kind]
+        most = _LIMITS[self.kind]
+        return min(most, max(0.1, self.sharing**0.5 / 150)) if self.kind == "8 bits" else most
 
 
 def weight_errors(
@@ -80,8 +82,9 @@ def weight_errors(
             unlike_rows(weights_NK[at : at + _ROWS], _read(matrix, after, graph.parent, at))
             for at in range(0, matrix.channels, _ROWS)
         ]
-        bits = matrix.how.bits if isinstance(matrix.how, Blockwise) else 8
-        yield WeightError(name, f"{bits} bits", max(parts))
+        how = matrix.how
+        bits, sharing = (how.bits, how.block) if isinstance(how, Blockwise) else (8, matrix.width)
+        yield WeightError(name, f"{bits} bits", max(parts), sharing)
     for name, span in calibration.ranges.items():
         scale, middle = (after.get(f"limbeck/static/{name}/{part}") for part in ("scale", "middle"))
         if scale is not None and middle is not None:

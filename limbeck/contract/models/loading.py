@@ -105,6 +105,11 @@ def load_pretrained(
             f"{where}: transformers cannot load it as {what}: {type(error).__name__}: {error}"
         ) from error
 
+    # With AVX512-BF16 bitsandbytes rearranges 4-bit weights for a kernel that it does not bring,
+    # and stops at widths that are no multiple of 64.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     _require_all(found, where, what=what, is_fresh=lambda n: fresh is not None and fresh(model, n))
     if "gguf_file" in options:
         require_finite(where, model.state_dict().items())

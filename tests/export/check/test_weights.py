@@ -118,5 +118,5 @@ def test_a_form_with_a_wrong_matrix_is_not_kept(
     monkeypatch.setattr(quantize, "round_blocks", one_wrong)
     with pytest.raises(ParityError, match=r"does not hold the student's weights; 1 differ") as told:
         export_student(student=tiny.student().path, out=tmp_path / "onnx", recipe=pico_recipe())
-    assert "of its size, limit 0.5" in str(told.value)
+    assert "of its size, limit 0.1" in str(told.value)
     assert "Kept in" in str(told.value)
