@@ -147,8 +147,9 @@ def test_adapters_on_a_quantised_base_compute_what_peft_computes(
     )
     try:
         model = peft_model(base, adapter, device_map={"": "cpu"}, quantization_config=rounding)
-        for module in model.modules():  # as bitsandbytes computes without AVX512-BF16
-            module.support_avx512bf16_for_cpu = False
+        for module in model.modules():  # with AVX512-BF16 bitsandbytes stops at such widths
+            if hasattr(module, "support_avx512bf16_for_cpu") and module.in_features % 64:
+                module.support_avx512bf16_for_cpu = False
         right = [model(input_ids=IDS).logits for _ in range(2)][1]  # DoRA stops at the second
     except (RuntimeError, AttributeError, ValueError, TypeError):
         with pytest.raises(ModelError, match=r"peft cannot run this \w+ adapter on the quantised"):

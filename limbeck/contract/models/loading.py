@@ -53,6 +53,19 @@ def rounding(quantize: str, number: Any, device: Any) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+def _leaving_narrow_weights(model: Any) -> Any:
+    """``model``, of which bitsandbytes does not rearrange weights that do not fill its blocks.
+
+    It rearranges 4-bit weights when they are first used, with AVX512-BF16, and stops at such ones.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and (
+            module.in_features % 64 or module.out_features % 32
+        ):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def load_pretrained(
     auto: Any,
     folder: Path | str,
@@ -105,11 +118,6 @@ def load_pretrained(
             f"{where}: transformers cannot load it as {what}: {type(error).__name__}: {error}"
         ) from error
 
-    # With AVX512-BF16 bitsandbytes rearranges 4-bit weights for a kernel that it does not bring,
-    # and stops at widths that are no multiple of 64.
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     _require_all(found, where, what=what, is_fresh=lambda n: fresh is not None and fresh(model, n))
     if "gguf_file" in options:
         require_finite(where, model.state_dict().items())
@@ -117,7 +125,7 @@ def load_pretrained(
         _require_no_rest(Path(folder), set(found["unexpected_keys"]))
         _require_finite_files(Path(folder), unused=found["unexpected_keys"])
     _record_untied_head(model)
-    return model
+    return _leaving_narrow_weights(model)
 
 
 def _require_all(
