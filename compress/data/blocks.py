@@ -48,7 +48,7 @@ from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.texts import preference_notes, text_digest, text_files
 from limbeck.runtime.chat import variables
 
-_VERSION = 6  # of the way text becomes blocks
+_VERSION = 7  # of the way text becomes blocks
 IGNORED = -100
 
 

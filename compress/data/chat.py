@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from compress.data.conversations import Conversation
 from limbeck.contract.child import TooMuch
 from limbeck.contract.errors import DataError
-from limbeck.runtime.chat import Messages, TemplateRefusal, bounded, fitted, shows_calls
+from limbeck.runtime.chat import Messages, TemplateRefusal, bounded, fitted, shows_calls, with_parts
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -287,5 +287,6 @@ def turn_end(tokenizer: PreTrainedTokenizerFast, template: str) -> str | None:
 
 def _render(messages: list[Any], settings: dict[str, Any]) -> tuple[str, list[Span]]:
     """The text, and the spans that are marked in it."""
+    messages = with_parts(settings["chat_template"], messages, settings)
     texts, spans = render_jinja_template(conversations=[messages], **settings)
     return texts[0], spans[0] if settings["return_assistant_tokens_mask"] else []

@@ -30,6 +30,7 @@ OURS = frozenset({
     "messages", "tools", "chat_template", "add_generation_prompt", "conversations",
     "return_assistant_tokens_mask", "continue_final_message",
 })  # fmt: skip
+_ROLES = ("system", "user", "assistant")
 _NAME = "limbeck_call_{}_"  # no function is called so
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
@@ -165,9 +166,65 @@ def _render(
     template: str, messages: list[Any], variables: dict[str, Any], tools: list[Any] | None
 ) -> str:
     given = {"documents": None} | variables
+    messages = with_parts(template, messages, variables)
     return _compiled(template).render(
         messages=messages, tools=tools, add_generation_prompt=True, **given
     )
+
+
+def with_parts(template: str, messages: Messages, special: Mapping[str, Any]) -> list[Any]:
+    """``messages``, as lists of one part for the roles of which ``template`` shows no text else.
+
+    Templates of models for pictures go through the parts of a message, and leave out a message
+    that is text without a word. ``special`` has bos_token and its like. Runs in the child process.
+    """
+    tokens = tuple((name, text) for name, text in special.items() if name.endswith("_token"))
+    roles = _roles_of_parts(without_marks(template), tokens)
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]}
+        if isinstance(m.get("content"), str) and _role(m) in roles
+        else m
+        for m in messages
+    ]
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    """The role of ``_ROLES`` that a template treats alike."""
+    return role if (role := message.get("role")) in _ROLES else "user"
+
+
+@lru_cache(4)
+def _roles_of_parts(template: str, special: tuple[tuple[str, str], ...]) -> frozenset[str]:
+    """The fewest roles whose messages have to be parts, so that ``template`` shows most texts."""
+    shown: dict[frozenset[str], int] = {}
+    for roles in (_ROLES, _ROLES[1:]):  # some templates refuse a message of the system
+        for size in range(len(roles) + 1):
+            for chosen in map(frozenset, itertools.combinations(roles, size)):
+                shown[chosen] = _texts_shown(template, dict(special), roles, chosen)
+                if shown[chosen] == len(roles):
+                    return chosen
+        if any(shown.values()):
+            break
+    return max(shown, key=lambda chosen: shown[chosen])
+
+
+def _texts_shown(
+    template: str, special: dict[str, str], roles: Sequence[str], chosen: frozenset[str]
+) -> int:
+    """How many of three messages, of the ``chosen`` roles in parts, are in the text."""
+    texts = {role: f"limbeck-text-{role}" for role in roles}
+    parts = {role: [{"type": "text", "text": texts[role]}] for role in chosen}
+    messages = [{"role": role, "content": parts.get(role, texts[role])} for role in roles]
+    try:
+        text = _compiled(template).render(
+            messages=messages, tools=None, add_generation_prompt=False, documents=None, **special
+        )
+    except MemoryError:
+        raise
+    except Exception:  # of a template that cannot read messages in this form
+        return 0
+    # A part that is written as an object is not read.
+    return sum(s in text and not re.search(f"text['\"]: ['\"]{s}", text) for s in texts.values())
 
 
 @lru_cache(4)

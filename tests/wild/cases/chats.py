@@ -54,6 +54,25 @@ _TEMPLATES = {
         + _PROMPT
     ),
 }
+_LOOP = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+_PARTS = {  # templates of models for pictures, and the roles that they read in parts
+    "each part": (_LOOP, {"system", "user", "assistant"}),
+    "parts of all but answers": (
+        "{% if m.role == 'assistant' %}{{ m.content }}{% else %}" + _LOOP + "{% endif %}",
+        {"system", "user"},
+    ),
+    "the first part": ("{{ m.content[0]['text'] }}", {"system", "user", "assistant"}),
+    "parts between marks": (
+        "{% if m.role == 'assistant' %}{% generation %}" + _LOOP + "{% endgeneration %}{% else %}"
+        + _LOOP + "{% endif %}",
+        {"system", "user", "assistant"},
+    ),
+    "parts alone, and says so": (
+        "{{ raise_exception('parts') if m.content is string }}" + _LOOP,
+        {"system", "user", "assistant"},
+    ),
+    "text or parts": ("{{ m.content if m.content is string else 'parts' }}", set()),
+}  # fmt: skip
 _TEXT_ARGUMENTS = {"shows calls where content is null", "writes arguments, which are text"}
 _FAILS_OR_SAYS_NONE = {"adds content to other text", "writes content"}
 
@@ -64,6 +83,8 @@ def chats(root: Path) -> Iterator[Row]:
     root.mkdir()
     for name, template in _TEMPLATES.items():
         yield from _calls(root / name, name, template)
+    for name, (content, roles) in _PARTS.items():
+        yield from _parts(root / name, name, content, roles)
     yield _reasoning(root / "reasoning")
     yield from _variables(root / "variables")
 
@@ -110,6 +131,38 @@ def _calls(folder: Path, name: str, template: str) -> Iterator[Row]:
         assert [message.plain() for message in again.messages] == sent
         ours = said(lambda sent=sent: load_text(folder).rendered(sent))  # type: ignore[misc]
         yield Row(f"serve: {what}", ours, theirs)
+
+
+def _parts(folder: Path, name: str, content: str, roles: set[str]) -> Iterator[Row]:
+    """Text and parts are read alike, by a template that leaves out what has another form."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: " + content + _TURN + "{% endfor %}" + _PROMPT
+    )
+    tokenizer.save_pretrained(folder)
+
+    def talk(roles: set[str]) -> list[dict[str, Any]]:
+        return [
+            {"role": role, "content": [{"type": "text", "text": text}] if role in roles else text}
+            for role, text in (("system", "s"), ("user", "q"), ("assistant", " a "))
+        ]
+
+    for given in (set(), {"system", "user", "assistant"}):
+        (folder / "rows.jsonl").write_text(json.dumps({"messages": talk(given)}))
+        what = f"a template that reads {name}, given {'parts' if given else 'text'}"
+
+        def trained() -> str:
+            (piece,) = conversations(folder / "rows.jsonl", ChatRows(kind="chat"), tokenizer)
+            learned = [piece.text[slice(*span)] for span in piece.answers or ()]
+            return f"{piece.text} learned: {[answer.strip() for answer in learned]}"
+
+        end = "" if "generation" in content else "<|end|>"
+        wanted = f"{_rendered(tokenizer, talk(roles))} learned: {[f' a {end}'.strip()]}"
+        yield Row(f"chat: {what}", said(trained), wanted)
+        body = ChatBody.model_validate({"model": "m", "messages": talk(given)[:2]})
+        sent = [message.plain() for message in body.messages]
+        ours = said(lambda sent=sent: load_text(folder).rendered(sent))  # type: ignore[misc]
+        yield Row(f"serve: {what}", ours, _rendered(tokenizer, talk(roles)[:2], prompt=True))
 
 
 def _rendered(
