@@ -25,10 +25,10 @@ CORPUS = [
 END = "<end>"
 
 
-def byte_level(size: int = 330, *, digits: bool = False) -> Tokenizer:
-    """As GPT-2, SmolLM2 and Qwen have it."""
+def byte_level(size: int = 330, *, digits: bool = False, words: bool = True) -> Tokenizer:
+    """As GPT-2, SmolLM2 and Qwen have it; without ``words`` a token may hold parts of several."""
     tokenizer = Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     tokenizer.pre_tokenizer = (
         pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
         if digits

@@ -6,10 +6,12 @@ Knows tokens; knows nothing of files or recipes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.chat import Span
@@ -57,8 +59,8 @@ def special_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def tokenise(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """Tokens of each piece, in order. A token that lies partly in an answer is scored."""
     for batch in _batches(texts):
-        with text_errors():
-            encodings = tokenizer.backend_tokenizer.encode_batch(
+        with text_errors(), _whole_offsets(tokenizer.backend_tokenizer) as inner:
+            encodings = inner.encode_batch(
                 [piece.text for piece in batch], add_special_tokens=False
             )
         for piece, encoding in zip(batch, encodings, strict=True):
@@ -74,6 +76,17 @@ def tokenise(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerFast) -> Iter
                 scored[slice(*span)] = 1
                 spans.append(span)
             yield Tokens(ids, scored, tuple(spans), piece.says_end)
+
+
+@contextmanager
+def _whole_offsets(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
+    """``tokenizer`` without its post-processor, which may leave spaces out of offsets."""
+    processor = tokenizer.post_processor
+    tokenizer.post_processor = None
+    try:
+        yield tokenizer
+    finally:
+        tokenizer.post_processor = processor
 
 
 def _batches(texts: Iterable[Piece]) -> Iterator[list[Piece]]:

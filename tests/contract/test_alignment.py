@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, processors
 
 from limbeck.contract.errors import ModelError
 from limbeck.contract.models.alignment import Aligner, Pieces, projection, relate
 from tests.tokenizers import END, byte_level, normalising, permute, piece_level, pieces, unigram
+
+
+def trimming() -> Tokenizer:
+    """As Pythia has it: its offsets leave out the spaces at both ends of a token."""
+    tokenizer = byte_level(400, words=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
 
 OTHERS = {
     "smaller": byte_level(270),
@@ -21,6 +30,7 @@ OTHERS = {
     "no bos": piece_level(bos=False),
     "nfkc": normalising(),
     "unigram": unigram(),
+    "trims": trimming(),
 }
 OWN = pieces(byte_level(), "student")
 ALIGNERS = {name: Aligner(OWN, pieces(tokenizer)) for name, tokenizer in OTHERS.items()}
@@ -75,6 +85,25 @@ def test_any_tokens_have_an_alignment(name: str, ids: list[int]) -> None:
     chunks = found.chunks
     assert (chunks[1:, 0] >= chunks[:-1, 1]).all()
     assert (chunks[1:, 2] >= chunks[:-1, 3]).all()
+
+
+@pytest.mark.parametrize("name", ["smaller", "digits", "gemma", "llama2", "no bos", "trims"])
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.one_of(st.text("the cat  \n", max_size=8), st.integers(1, 300)), max_size=8))
+@example(["the ", OWN.by_bytes[b"\xc3"], "cat", "  "])
+def test_both_sides_have_read_the_same_text_at_a_boundary(name: str, parts: list[Any]) -> None:
+    """Python decodes the bytes of both sides, also where these are no UTF-8."""
+    written = [[p] if isinstance(p, int) else OWN.tokenizer.encode(p).ids for p in parts]
+    ids = [token for part in written for token in part]
+    found, other = ALIGNERS[name].row(ids), ALIGNERS[name].other
+    texts = (OWN.pieces(ids), other.pieces(found.ids.tolist()))
+    for place, theirs in enumerate(found.at.tolist()):
+        if theirs >= 0:
+            mine, read = (
+                b"".join(side[: end + 1]).decode(errors="replace")
+                for side, end in zip(texts, (place, theirs), strict=True)
+            )
+            assert read in (mine, " " + mine)
 
 
 def test_a_boundary_needs_whole_characters_on_both_sides() -> None:

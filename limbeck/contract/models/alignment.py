@@ -42,6 +42,7 @@ class Pieces:
         self.name, self.end = name, end
         self.tokenizer = as_written(Tokenizer.from_str(written), name)
         self.prefix = self._prefix()
+        self.tokenizer.post_processor = None  # it may leave spaces out of a token's offsets
         # Markers that stand in a text as characters are text, and never control the other model.
         self.tokenizer.encode_special_tokens = True
         tree = json.loads(written)
