@@ -22,7 +22,6 @@ from compress.models.gguf import dequantise, gguf_key
 from compress.models.gguf_config import UNREADABLE, gguf_config
 from limbeck.contract.errors import EnvironmentalError, ModelError
 from limbeck.contract.lock import make_once
-from limbeck.contract.models.alignment import relate
 from limbeck.contract.models.loading import know_wrapper, load_pretrained, rounding
 from limbeck.contract.recipe import (
     BaseSource,
@@ -36,7 +35,6 @@ from limbeck.contract.recipe import (
 from limbeck.contract.sources.hub import hub_config, hub_snapshot
 from limbeck.contract.sources.models import model_path
 from limbeck.contract.sources.places import cache_folder
-from limbeck.contract.sources.tokenizer import load_tokenizer
 from limbeck.contract.sources.weights import check_weights, stored_form
 
 # What transformers raises for impossible sizes.
@@ -161,40 +159,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype != dtype and not tensor.requires_grad:
             tensor.data = tensor.data.clone()
-
-
-def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
-    """Raise `ModelError` unless all folders map the same tokens to the same ids, in equal texts.
-
-    Padded rows may differ. The message counts the ids that differ and shows three.
-    """
-    (first, first_folder), *rest = names_and_folders.items()
-    own = load_tokenizer(first_folder)
-    reference = own.get_vocab()
-    for name, folder in rest:
-        tokenizer = load_tokenizer(folder)
-        vocabulary = tokenizer.get_vocab()
-        if vocabulary == reference:
-            if relate(own.backend_tokenizer, tokenizer.backend_tokenizer).same:
-                continue
-            raise ModelError(
-                f"{first} and {name} have the same tokens, but tokenise a text differently: one "
-                "may lower-case it, drop its accents, or add a token before it. Choose models of "
-                "one family."
-            )
-        different = sorted(
-            t for t in reference.keys() | vocabulary.keys() if reference.get(t) != vocabulary.get(t)
-        )
-        shown = "; ".join(
-            f"{t!r} is {reference.get(t)} in {first} and {vocabulary.get(t)} in {name}"
-            for t in different[:3]
-        )
-        raise ModelError(
-            f"{first} and {name} have different tokenizers: {len(different)} of "
-            f"{len(reference.keys() | vocabulary.keys())} tokens "
-            f"have another id or are missing ({shown}). Fusion needs one token map: choose models "
-            "of one family."
-        )
 
 
 def resolve_device(device: str) -> torch.device:

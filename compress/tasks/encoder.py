@@ -23,7 +23,7 @@ from compress.data.examples import load_examples, training_order
 from compress.features import Projections
 from compress.host import give_memory_back
 from compress.models.encoders import base_folder, build_student, encoder_folder, require_context
-from compress.models.language import folder_config, require_same_tokenizer
+from compress.models.language import folder_config
 from compress.tasks.saved import Saved
 from limbeck.contract.data.arrays import Ids
 from limbeck.contract.data.examples import EXAMPLES, Examples, save_examples
@@ -35,7 +35,7 @@ from limbeck.contract.recipe.checks import require_equal_shares
 from limbeck.contract.results.student import EncoderFigures, Parameters, TeacherResult
 from limbeck.contract.sources.digests import model_digest
 from limbeck.contract.sources.licences import sources_of
-from limbeck.contract.sources.tokenizer import load_tokenizer
+from limbeck.contract.sources.tokenizer import load_tokenizer, require_same_tokenizer
 
 ROWS = 32  # examples of a batch that is not trained on
 _CALIBRATION_ROWS = 64  # training examples that travel with a student, for the export's calibration

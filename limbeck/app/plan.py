@@ -23,6 +23,7 @@ from limbeck.contract.recipe import (
     load_teacher_recipe,
 )
 from limbeck.contract.sources.preflight import model_mistakes
+from limbeck.contract.sources.teacher_tokens import tokenizer_mistakes
 
 if TYPE_CHECKING:
     from compress.footprint.base import Asked, Footprint
@@ -172,7 +173,8 @@ def plan_recipe(recipe: AnyRecipe, *, trial: bool = False, cards: bool = False) 
 
     from compress.footprint.tasks import task_of
 
-    if found := [*model_mistakes(recipe), *bench_mistakes(recipe)]:
+    checks = model_mistakes, bench_mistakes, tokenizer_mistakes
+    if found := [mistake for check in checks for mistake in check(recipe)]:
         raise RecipeError("\n".join(f"{recipe.name}: {mistake}" for mistake in found))
     products = plan_products(recipe).order  # refuses wrong recipes of teachers, before the tracing
     own = _making(recipe, cards)

@@ -17,7 +17,6 @@ from limbeck.contract.recipe import (
     BaseSource,
     FreshStudent,
     OnnxModel,
-    Recipe,
     RecipeModel,
     ServerModel,
     ShrinkStudent,
@@ -126,8 +125,7 @@ def mistakes(
     found = [*preflight(recipe), *_export_mistakes(recipe), *products.errors]
     if timed:
         found += bench_mistakes(recipe)
-    if isinstance(recipe, Recipe):
-        found += tokenizer_mistakes(recipe)
+    found += tokenizer_mistakes(recipe)
     for product in products.order:
         found += [f"{product.recipe.name}: {line}" for line in preflight(product.recipe)]
     return list(dict.fromkeys(found))

@@ -4,11 +4,13 @@ stand in for any architecture."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import compress
@@ -31,9 +33,10 @@ from export.plan import form_bytes
 from limbeck.app import pico, plan
 from limbeck.app.cli import app
 from limbeck.contract.errors import ModelError, RecipeError
-from limbeck.contract.recipe import EncoderRecipe, load_any_recipe
+from limbeck.contract.recipe import EncoderRecipe, RandomModel, load_any_recipe
 from tests.encoders import CLASSES, CONFIGS, SMALL, classifier_recipe, embedding_recipe, source
 from tests.factory import Factory
+from tests.tokenizers import END, byte_level
 
 TASKS = ("classification", "embedding")
 
@@ -328,3 +331,28 @@ def test_a_shrunk_teacher_knows_the_classes() -> None:
     torch.testing.assert_close(
         model.classifier.weight, again.classifier.weight
     )  # saved, not drawn anew
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_encoders_of_two_tokenizers_are_refused_before_any_work(
+    task: str, command: str, tmp_path: Path
+) -> None:
+    labels = {"id2label": {"0": "code", "1": "prose"}} if task == "classification" else {}
+    made = encoder_folder(RandomModel.model_validate(source(**labels)), folder=tmp_path)
+    for name in ("base", "same", "other"):
+        shutil.copytree(made, tmp_path / name)
+    other = PreTrainedTokenizerFast(tokenizer_object=byte_level(257), pad_token=END, eos_token=END)
+    other.save_pretrained(tmp_path / "other")
+    student = {"kind": "full", "base": {"kind": "local", "path": "base"}}
+    for names, code in ((["same"], 0), (["same", "other"], 2)):
+        teachers = [{"name": n, "model": {"kind": "local", "path": n}} for n in names]
+        over = {"teachers": teachers, "student": student}
+        found = call(command, str(write(tmp_path / "mine.yaml", recipe_of(task), **over)))
+        assert found.exit_code == code, found.output
+    mine, theirs = (
+        AutoTokenizer.from_pretrained(f).get_vocab() for f in (made, tmp_path / "other")
+    )
+    different = sum(mine.get(t) != theirs.get(t) for t in mine.keys() | theirs.keys())
+    said = " ".join(found.output.split())
+    assert f"teachers: the student and other have different tokenizers: {different} of" in said

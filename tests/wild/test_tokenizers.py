@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import compress
 from compress.aligned import AlignedStates
 from compress.data.packing import Piece, special_prefix, tokenise
-from compress.models.language import require_same_tokenizer
 from compress.teachers.live import Teachers
 from compress.teachers.pairs import pair_teachers
 from export.folder.clients import tokenizer_config, write_client_files
@@ -23,7 +22,7 @@ from export.graphs import form_files
 from limbeck.contract.errors import ArtifactError, DataError, ModelError
 from limbeck.contract.models.tokens import read_tokenizer
 from limbeck.contract.sources.teacher_tokens import compare_tokenizers
-from limbeck.contract.sources.tokenizer import load_tokenizer
+from limbeck.contract.sources.tokenizer import load_tokenizer, require_same_tokenizer
 from limbeck.runtime.text import Text, load_text
 from tests.compress.test_compress import tiny
 from tests.pico import CHAT, make_model, make_tokenizer, pico_recipe

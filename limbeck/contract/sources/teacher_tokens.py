@@ -16,8 +16,10 @@ from limbeck.contract.errors import UserError
 from limbeck.contract.files import file_digest
 from limbeck.contract.models.tokens import MORE_TEMPLATES
 from limbeck.contract.recipe import (
+    AnyRecipe,
     ChatRows,
     LocalModel,
+    OnnxModel,
     PackageModel,
     Recipe,
     ServerModel,
@@ -99,8 +101,14 @@ def _compared(
     return tuple(found)
 
 
-def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
-    """Check that teachers of other tokenizers can be aligned, and that there is text for them."""
+def tokenizer_mistakes(recipe: AnyRecipe) -> Iterator[str]:
+    """Check that teachers of other tokenizers can be aligned, and that there is text for them.
+
+    Encoders need one tokenizer.
+    """
+    if not isinstance(recipe, Recipe):
+        yield from _mistakes_of_encoders(recipe)
+        return
     try:
         others = [t.name for t in compare_tokenizers(recipe) if not t.relation.same]
     except UserError as error:
@@ -111,6 +119,28 @@ def tokenizer_mistakes(recipe: Recipe) -> Iterator[str]:
             yield why
         if teacher.name in others and (why := conversations_are_unknown(recipe, teacher.name)):
             yield why
+
+
+def _mistakes_of_encoders(recipe: AnyRecipe) -> Iterator[str]:
+    sources = {"the student": recipe.base} if recipe.base is not None else {}
+    found = {
+        name: _tokenizer_folder(s.like if isinstance(s, OnnxModel) else s, recipe.folder)
+        for name, s in (sources | recipe.teacher_models).items()
+    }
+    here = {name: _files(folder) for name, folder in found.items() if folder is not None}
+    if len(set(here.values())) > 1 and (why := _different(tuple(here.items()))):
+        yield f"teachers: {why}"
+
+
+@lru_cache(maxsize=8)  # a search plans many students
+def _different(models: tuple[tuple[str, _Files], ...]) -> str | None:
+    from limbeck.contract.sources.tokenizer import require_same_tokenizer
+
+    try:
+        require_same_tokenizer({name: files.folder for name, files in models})
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def reads_plain_text(recipe: Recipe) -> bool:

@@ -5,6 +5,7 @@ transformers is imported where it is needed: it takes seconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,6 +109,42 @@ def relation(
     return replace(
         found, chats=chats if both and not alike else None, ends=ends if differ else None
     )
+
+
+def require_same_tokenizer(names_and_folders: Mapping[str, Path]) -> None:
+    """Raise `ModelError` unless all folders map the same tokens to the same ids, in equal texts.
+
+    Padded rows may differ. The message counts the ids that differ and shows three.
+    """
+    from limbeck.contract.models.alignment import relate
+
+    (first, first_folder), *rest = names_and_folders.items()
+    own = load_tokenizer(first_folder)
+    reference = own.get_vocab()
+    for name, folder in rest:
+        tokenizer = load_tokenizer(folder)
+        vocabulary = tokenizer.get_vocab()
+        if vocabulary == reference:
+            if relate(own.backend_tokenizer, tokenizer.backend_tokenizer).same:
+                continue
+            raise ModelError(
+                f"{first} and {name} have the same tokens, but tokenise a text differently: one "
+                "may lower-case it, drop its accents, or add a token before it. Choose models of "
+                "one family."
+            )
+        different = sorted(
+            t for t in reference.keys() | vocabulary.keys() if reference.get(t) != vocabulary.get(t)
+        )
+        shown = "; ".join(
+            f"{t!r} is {reference.get(t)} in {first} and {vocabulary.get(t)} in {name}"
+            for t in different[:3]
+        )
+        raise ModelError(
+            f"{first} and {name} have different tokenizers: {len(different)} of "
+            f"{len(reference.keys() | vocabulary.keys())} tokens "
+            f"have another id or are missing ({shown}). Fusion needs one token map: choose models "
+            "of one family."
+        )
 
 
 def _same_chat(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:

@@ -17,11 +17,11 @@ from compress.models.language import (
     load_model,
     model_folder,
     random_model,
-    require_same_tokenizer,
 )
 from compress.models.students import with_lora
 from limbeck.contract.errors import DataError, EnvironmentalError, ModelError
 from limbeck.contract.recipe import LoraStudent, RandomModel
+from limbeck.contract.sources.tokenizer import require_same_tokenizer
 from tests.compress.test_compress import TINY, tiny
 from tests.pico import make_model
 
