@@ -76,6 +76,16 @@ def refusal(metrics: Metrics, error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status_code, error.headers)
 
 
+def why_no_json(error: BaseException | None) -> str:
+    """What json says of a body that is no text, or is no value that Python can hold."""
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"it is not UTF-8: byte 0x{byte:02x} at position {error.start}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"{error}".partition(";")[0]
+
+
 def bearer(headers: Headers) -> str:
     """The key that a client sent, or an empty text. The scheme may be in any case."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -135,13 +145,16 @@ class Gate:
                 self._metrics.requests.labels(endpoint, str(visit.status)).inc()
             await send(message)
 
+        asked = scope
+        if scope["method"] == "HEAD":  # GET, of which the socket's side sends no body
+            asked = {**scope, "method": "GET"}
         try:
             self._admit(path, Headers(scope=scope))
         except ApiError as error:
             await refusal(self._metrics, error)(scope, receive, counted)
         else:
             with contextlib.suppress(ClientGone):
-                await self._app(scope, Bounded(receive, self._limits), counted)
+                await self._app(asked, Bounded(receive, self._limits), counted)
         finally:
             if self._access_log:
                 say(_line(str(scope["method"]), path, visit))
@@ -179,6 +192,13 @@ class Gate:
                 "the server is shutting down.",
                 code="shutting_down",
                 headers={"Retry-After": "5"},
+            )
+        coding = headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            raise ApiError(
+                415,
+                f"found a body with Content-Encoding {coding!r}; send it as it is, without one.",
+                headers={"Accept-Encoding": "identity"},
             )
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limits.max_body_bytes:

@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from limbeck.contract.artifact import open_artifact
 from limbeck.contract.limits import Limits
 from serve_bench.serve.engine import PREFIX_BYTES, Engine
-from serve_bench.serve.gate import ENDPOINTS, ApiError, Gate, refusal
+from serve_bench.serve.gate import ENDPOINTS, ApiError, Gate, refusal, why_no_json
 from serve_bench.serve.listener import Listener, open_door
 from serve_bench.serve.metrics import Metrics
 from serve_bench.serve.page import HEADERS, docs_page
@@ -116,8 +116,9 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def not_served(_: HttpRequest, error: HTTPException) -> Response:
-        if error.status_code == 400:  # the body is no text, or nested too deeply
-            return refusal(metrics, ApiError(400, "the body cannot be read as JSON."))
+        if error.status_code == 400:  # FastAPI's, with json's own error behind it
+            why = why_no_json(error.__cause__)
+            return refusal(metrics, ApiError(400, f"the body cannot be read as JSON: {why}."))
         served = ", ".join(ENDPOINTS)
         message = f"{error.detail}; this server has {served}."
         return refusal(metrics, ApiError(error.status_code, message))

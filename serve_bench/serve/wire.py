@@ -459,12 +459,14 @@ def first_mistake(errors: Sequence[Any]) -> tuple[str, str | None]:
     """Message and field of the first of pydantic's ``errors`` on a body."""
     error = errors[0]
     if error["type"] == "json_invalid":
-        why, at = error["ctx"]["error"], error["loc"][-1]
+        why, at = error["ctx"]["error"].removesuffix(" at"), error["loc"][-1]
         return f"the body is not JSON: {why} at character {at}.", None
     place = _place(error)
     if not place and error["type"] == "value_error":  # of fields that do not go together
         message = str(error["ctx"]["error"])
         return f"{message}.", message.partition(":")[0]
+    if error["type"] == "string_unicode":  # of a name; texts are mended
+        return f"{'.'.join([*place, repr(error['input'])])}: no character has this escape.", None
     if not place:
         return (
             "found no JSON object in the body; send one with Content-Type: application/json.",

@@ -88,7 +88,7 @@ def bare(
     text = response.read().decode()
     connection.close()
     is_json = response.headers.get_content_type() == "application/json"
-    return response.status, response.headers, json.loads(text) if is_json else text
+    return response.status, response.headers, json.loads(text) if is_json and text else text
 
 
 def metric(server: Listener, name: str, **labels: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import re
@@ -407,6 +408,42 @@ def test_what_is_no_json_or_no_endpoint(server: Listener) -> None:
     status, _, body = bare(server, "GET", "/v1/embeddings")
     assert (status, "this server has /v1/models" in body["error"]["message"]) == (404, True)
     assert bare(server, "GET", "/v1/completions")[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"model": "p\xffco"}', "it is not UTF-8: byte 0xff at position 12"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "Exceeds the limit .4300 digits."),
+        (b'{"model": "a\nb"}', "the body is not JSON: Invalid control character at character 12"),
+        (b'{"model": "pico", "prompt": "a", "\\ud800": 1}', r"^'\\ud800': no character has this"),
+        (b'{"model": "pico", "messages": [{"\\ud800": 1}]}', r"^messages\.0\.'\\ud800': no char"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_why(server: Listener, body: bytes, says: str) -> None:
+    path = "chat/completions" if b"messages" in body else "completions"
+    status, _, answer = bare(server, "POST", f"/v1/{path}", body)
+    assert status == 400
+    assert re.search(says, answer["error"]["message"]), answer
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", " Deflate", "gzip, identity"])
+def test_a_body_that_is_compressed_is_refused_by_name(server: Listener, coding: str) -> None:
+    status, headers, answer = bare(
+        server, "POST", "/v1/completions", gzip.compress(b"{}"), **{"Content-Encoding": coding}
+    )
+    assert (status, headers["Accept-Encoding"]) == (415, "identity")  # RFC 9110, 15.5.16
+    assert f"Content-Encoding {coding.strip().lower()!r}" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/pico", "/docs"])
+def test_head_is_get_without_its_body(server: Listener, path: str) -> None:
+    """RFC 9110, 9.3.2; programs that watch a server ask so."""
+    status, headers, body = bare(server, "HEAD", path)
+    assert (status, body) == (200, "")
+    assert headers["Content-Type"] == bare(server, "GET", path)[1]["Content-Type"]
+    assert bare(server, "HEAD", "/v1/completions")[0] == 405
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
