@@ -159,10 +159,15 @@ class Server:
                 "answers without prompt_logprobs; it needs a server that gives them, as vLLM and "
                 "`limbeck serve` do"
             ) from None
-        if len(entries) != len(ids) or first:
+        if len(entries) != len(ids):
             raise self._wrong(
                 f"answers for {len(entries)} tokens, and {len(ids)} were sent: it cuts the prompt, "
-                "or adds a token to it"
+                "adds a token to it, or leaves out the first one, which is null"
+            )
+        if first:
+            raise self._wrong(
+                "answers a log-probability of the first token, which nothing comes before: it puts "
+                "a token in front of the prompt"
             )
         if not all(isinstance(entry, dict) for entry in found):
             raise self._wrong("answers a position without tokens")
@@ -177,7 +182,10 @@ class Server:
             try:
                 by_id = {int(token): float(one["logprob"]) for token, one in entry.items()}
             except (KeyError, TypeError, ValueError, OverflowError):
-                raise self._wrong(f"position {place}: answers what is no log-probability") from None
+                shown = self._endpoint.without_key(str(entry))[:80]
+                raise self._wrong(
+                    f"position {place}: answers what is no log-probability by token id: {shown} …"
+                ) from None
             label = by_id.get(ids[place + 1])
             if label is None:
                 raise self._wrong(
@@ -190,6 +198,11 @@ class Server:
                 raise self._wrong(
                     f"position {place}: answers {len(by_id)} tokens, and {k} were asked for; set "
                     f"`top` to {len(by_id)}, or let the server give more (vLLM: --max-logprobs)"
+                )
+            if len(by_id) == k and any(_rank(one) > k for one in entry.values()):
+                raise self._wrong(
+                    f"position {place}: leaves out one of the {k} likeliest tokens; it must give "
+                    "all of them, and the text's own token beside them"
                 )
             best = sorted(by_id.items(), key=lambda item: -item[1])[:k]
             # A head can have more rows than the tokenizer has tokens; those are part of the tail.
@@ -222,9 +235,11 @@ class Server:
                 status = answer.status
                 if status == 200:
                     found = parse_json(answer.body)
-                    if isinstance(found, dict):
+                    if isinstance(found, dict) and not found.get("error"):
                         return found
                     reason = "its answer is no JSON object"
+                    if isinstance(found, dict):  # as some gateways refuse
+                        reason = self._endpoint.refusal(status, answer.body)
                 elif status in _BUSY or status >= 500:
                     reason = self._endpoint.refusal(status, answer.body)
                     with contextlib.suppress(ValueError):
@@ -251,3 +266,9 @@ class Server:
 
     def _wrong(self, what: str) -> ModelError:
         return ModelError(f"{self._where}: {what}.")
+
+
+def _rank(entry: Mapping[str, Any]) -> int:
+    """Place of a token among all others, 1 for the likeliest; 0 where a server does not say."""
+    rank = entry.get("rank")
+    return rank if isinstance(rank, int) else 0

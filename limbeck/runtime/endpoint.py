@@ -79,13 +79,24 @@ def find_endpoint(
         with httpx2.Client(headers=headers, timeout=CONNECT) as client:
             answer = ask(client, "GET", f"{base}/models", seconds=_LISTING, most=_LIST)
         if not 200 <= answer.status < 300:
-            hint = f"; is the key in ${key_variable} right?" if answer.status in (401, 403) else "."
+            hint = "."
+            if answer.status in (401, 403):
+                hint = f"; is the key in ${key_variable} right?"
+            elif answer.status == 404:
+                hint = "; is the path before /v1 right?"
+            elif to := answer.headers.get("location"):
+                hint = f" and sends on to {_without(to, key)}; give that address, up to /v1."
             raise EnvironmentalError(f"{base}/models: answered {answer.status}{hint}")
         found = {str(entry["id"]): entry for entry in parse_json(answer.body)["data"]}
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
+        hint = "is it running?"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            hint = "if you trust it, name a file with its authority's certificate in $SSL_CERT_FILE"
+        elif "WRONG_VERSION_NUMBER" in str(error):
+            hint = "does it speak http, without s?"
         raise EnvironmentalError(
             f"{base}/models: no OpenAI-compatible server answers there ({type(error).__name__}: "
-            f"{error}); is it running?"
+            f"{error}); {hint}"
         ) from None
     if model is not None and model not in found:
         raise EnvironmentalError(

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import ipaddress
 import queue
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx2
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
 from limbeck.app.cli import app
@@ -26,9 +34,13 @@ WHOLE = HEAD + b"Content-Length: 1000000\r\n\r\n"
 
 
 @contextmanager
-def answering(first: bytes, then: bytes = b"", every: float = 0.0) -> Iterator[str]:
+def answering(
+    first: bytes, then: bytes = b"", every: float = 0.0, *, tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
     """A server that answers ``first``, then ``then`` again and again until the client leaves."""
     door, closing = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    if tls:
+        door = tls.wrap_socket(door, server_side=True)
 
     def serve() -> None:
         try:
@@ -44,11 +56,28 @@ def answering(first: bytes, then: bytes = b"", every: float = 0.0) -> Iterator[s
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+        yield f"http{'s' * bool(tls)}://127.0.0.1:{door.getsockname()[1]}"
     finally:
         closing.set()
         door.close()
         thread.join(10)
+
+
+def self_signed(file: Path) -> None:
+    """Write a key and its certificate for 127.0.0.1."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "own")])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    parts = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    file.write_bytes(key.private_bytes(*parts, plain) + made.public_bytes(parts[0]))
 
 
 def sized(body: bytes, kind: bytes = b"") -> bytes:
@@ -120,6 +149,41 @@ def test_addresses_are_taken(url: str) -> None:
     runtime = {"kind": "openai", "url": url}
     assert parse_recipe(pico_recipe().resolved() | {"bench": {"runtimes": [runtime]}})
     httpx2.URL(url)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (b"404 Not Found\r\n", "answered 404; is the path before /v1 right?"),
+        (b"307 Moved\r\nLocation: https://b/v1/models\r\n",
+         "answered 307 and sends on to https://b/v1/models; give that address, up to /v1."),
+    ],
+)  # fmt: skip
+def test_an_address_that_answers_otherwise_says_what_may_be_wrong(
+    status: bytes, message: str
+) -> None:
+    with answering(b"HTTP/1.1 " + status + b"Content-Length: 0\r\n\r\n") as url:
+        with pytest.raises(EnvironmentalError) as found:
+            find_endpoint(url)
+        assert str(found.value) == f"{url}/v1/models: {message}"
+
+
+def test_a_certificate_of_an_unknown_authority_is_taken_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, context = tmp_path / "own.pem", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    self_signed(file)
+    context.load_cert_chain(file)
+    listed = sized(b'{"data": [{"id": "big"}]}')
+    with answering(listed, tls=context) as url:
+        with pytest.raises(EnvironmentalError, match=r"if you trust it, .* in \$SSL_CERT_FILE"):
+            find_endpoint(url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    with answering(listed, tls=context) as url:
+        assert find_endpoint(url).model == "big"
+    with answering(listed) as url:
+        with pytest.raises(EnvironmentalError, match=r"does it speak http, without s\?"):
+            find_endpoint(url.replace("http:", "https:"))
 
 
 @pytest.mark.parametrize("key", ["s3cret\nX: y", "s3cret\r", "é", "a b", "\x1b[31m"])

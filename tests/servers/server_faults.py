@@ -28,8 +28,16 @@ def with_value(value: Any) -> Any:
     return wrong(change)
 
 
+def without_one(entries: list[Any]) -> list[Any]:
+    """A likely token is left out, and where the text's own is no likely one, nothing shows it."""
+    for entry in entries[1:]:
+        if len(entry) > 12:
+            del entry[next(token for token, one in entry.items() if one["rank"] == 3)]
+    return entries
+
+
 FAULTS: dict[str, tuple[Any, type[LimbeckError], str]] = {
-    "cut": (wrong(lambda found: found[:-2]), ModelError, r"it cuts the prompt, or adds a token"),
+    "cut": (wrong(lambda found: found[:-2]), ModelError, "it cuts the prompt, adds a token"),
     "more": (wrong(lambda found: [None, *found]), ModelError, r"adds a token"),
     "shifted": (
         wrong(lambda found: [None, *reversed(found[1:])]),
@@ -39,6 +47,18 @@ FAULTS: dict[str, tuple[Any, type[LimbeckError], str]] = {
     "nan": (with_value(float("nan")), ModelError, "what is no log-probability"),
     "positive": (with_value(2.5), ModelError, "what is no log-probability"),
     "text": (with_value("low"), ModelError, "what is no log-probability"),
+    "by text": (
+        wrong(lambda found: [None, *({"the": {"logprob": -1.0}} for _ in found[1:])]),
+        ModelError,
+        r"what is no log-probability by token id: {'the': {'logprob': -1.0}} …",
+    ),
+    "first": (
+        wrong(lambda found: [{"5": {"logprob": -1.0}}, *found[1:]]),
+        ModelError,
+        "it puts a token in front of the prompt",
+    ),
+    "no null": (wrong(lambda found: found[1:]), ModelError, "leaves out the first one, which is"),
+    "one less": (wrong(without_one), ModelError, "leaves out one of the 12 likeliest tokens"),
     "endless": (with_value(-int("9" * 400)), ModelError, "what is no log-probability"),
     "too much": (
         wrong(lambda found: [None, *({t: {"logprob": -0.1} for t in e} for e in found[1:])]),
@@ -61,6 +81,11 @@ FAULTS: dict[str, tuple[Any, type[LimbeckError], str]] = {
         lambda number, right: (400, {"error": {"message": "greater than max allowed: 5"}}),
         EnvironmentalError,
         "status 400: greater than max allowed: 5",
+    ),
+    "refuses with 200": (
+        lambda number, right: (200, {"error": {"message": "no such option"}}),
+        EnvironmentalError,
+        "status 200: no such option; gave up after 3 tries",
     ),
     "busy": (
         lambda number, right: (429, {"error": {"message": "slow down"}}),
