@@ -29,6 +29,8 @@ _OTHER_FILES = {
     b"BZh": "compressed with bzip2; unpack it with bunzip2",
     b"PK\x03\x04": "a zip archive or an office document; unpack it, or save its text as UTF-8",
     b"%PDF": "a PDF; save its text, for example with pdftotext",
+    b"{\\rtf": "rich text; save it as UTF-8 text",
+    b"%!PS": "PostScript; save its text, for example with ps2txt",
     b"PAR1": "a Parquet file; set format to parquet",
     b"ARROW1": "an Arrow file; call it .arrow or .feather, and set format to rows or chat",
     b"\x89PNG": "a picture; leave it out",
@@ -119,7 +121,7 @@ def _text(path: Path, most: int = _MOST_TEXT) -> str:
         text = _small(path, most).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(_not_text(path, f"byte {error.start}")) from None
-    if text.startswith(("%PDF-", "PK\x03\x04")):  # short ones may be valid UTF-8
+    if text.startswith(("%PDF-", "%!PS-", "{\\rtf", "PK\x03\x04")):  # may be valid UTF-8
         raise DataError(_not_text(path, "a document"))
     if text.count("\0") > len(text) // 10:  # UTF-16 without a mark is valid UTF-8 in English
         raise DataError(_not_text(path, "it is full of NUL characters, as UTF-16 is"))

@@ -26,6 +26,7 @@ from limbeck.contract.artifact import open_artifact
 from limbeck.contract.data.heldout import load_heldout
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.recipe import Recipe, parse_recipe
+from limbeck.contract.sources.preflight import preflight
 
 TINY = {
     "model_type": "llama",
@@ -493,6 +494,9 @@ def test_a_tracker_that_is_not_installed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "get_available_trackers", list)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     recipe = tiny(tmp_path, training={"trackers": ["wandb"]})
+    (mistake,) = preflight(recipe)
+    assert mistake == "training.trackers: wandb is not installed here; run: pip install wandb"
     with pytest.raises(EnvironmentalError, match="trackers: wandb cannot be imported here; run"):
         compress.distill(recipe=recipe, out=tmp_path / "student")

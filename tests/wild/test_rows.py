@@ -19,7 +19,7 @@ def test_every_reported_case_is_equal_or_named(
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     found = list(rows(tmp_path))
     assert [row for row in found if row.verdict.isupper()] == []
-    assert len(found) >= 379
+    assert len(found) >= 381
     assert sum(row.verdict == "equal" for row in found) == 305
 
 

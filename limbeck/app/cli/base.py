@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from limbeck import __version__
 from limbeck.contract.environment import require_launcher
-from limbeck.contract.errors import LimbeckError, RecipeError
+from limbeck.contract.errors import LimbeckError, RecipeError, UserError
 from limbeck.contract.printable import printable
 from limbeck.contract.process import end_with_parent
 
@@ -35,7 +35,25 @@ class Terminated(KeyboardInterrupt):
 
 
 class Command(TyperCommand):
-    """A command whose help has colours on a terminal."""
+    """A command whose help has colours on a terminal, and that takes no empty argument.
+
+    `--data "$TEXT"` without such a variable would read the folder that the command runs in.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments that belong to no option. Raises `UserError` for an empty one."""
+        before = str(self.name)
+        for given in args:
+            option = (
+                before if not given else given[:-1] if re.fullmatch("--[a-z-]+=", given) else ""
+            )
+            if option and option != "--api-key":  # that one says what an empty key would do
+                raise UserError(
+                    f"{ctx.command_path}: what follows {option} is empty; give it a value, or "
+                    "leave it out. A variable of the shell may not be set."
+                )
+            before = given
+        return list(super().parse_args(ctx, args))
 
     def get_help(self, ctx: Any) -> str:
         """The help text."""

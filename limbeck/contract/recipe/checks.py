@@ -406,9 +406,10 @@ def _mixed(recipe: Recipe) -> Iterator[str]:
 
 
 def _recovery(recipe: Recipe) -> Iterator[str]:
-    shipped, where = recipe.export.graphs[-1], "export.recover:"
-    if recipe.export.recover is None:
+    where, graphs = "export.recover:", recipe.export.graphs
+    if recipe.export.recover is None or not graphs:
         return
+    shipped = graphs[-1]
     if recipe.gates.max_quantization_loss is None:
         yield f"{where} nothing says when it is needed; set gates.max_quantization_loss"
     if shipped.kind not in ("int8-weight", "int8-dynamic", "int4-weight"):

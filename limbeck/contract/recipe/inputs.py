@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from limbeck.contract.recipe.base import (
@@ -33,6 +33,13 @@ def _has_home(value: Any) -> Any:
     return value
 
 
+def _named(value: object) -> object:
+    """Refuse an empty path, which Python takes for the folder that the command runs in."""
+    if value == "":
+        raise PydanticCustomError("no_path", "write a path; . is the folder of the recipe")
+    return value
+
+
 def _of_hub(given: str) -> str:
     """Refuse what no repository of the hub is called."""
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given, re.ASCII) and ".." not in given:
@@ -43,7 +50,7 @@ def _of_hub(given: str) -> str:
     )
 
 
-UserPath = Annotated[Path, AfterValidator(_has_home)]
+UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_has_home)]
 Glob = Annotated[str, Field(min_length=1), AfterValidator(_has_home)]
 PipName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", max_length=200)

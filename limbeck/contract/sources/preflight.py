@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from limbeck.contract.sources.stores import file_system
 from limbeck.contract.sources.texts import ARROW, check_arrow, holds_rows, text_files
 from limbeck.contract.sources.weights import stored_form
 
+_TRACKER = {"tensorboard": "tensorboardX"}
+
 
 def preflight(recipe: AnyRecipe) -> list[str]:
     """Mistakes that only this machine shows: missing files, packages and weights.
@@ -73,6 +76,10 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
             file_system(recipe.store)
         except UserError as error:
             yield f"training.teacher_cache.store: {error}"
+    for name in recipe.training.trackers:
+        # TensorBoard's files are written by either package.
+        if not any(map(importlib.util.find_spec, {name, _TRACKER.get(name, name)})):
+            yield f"training.trackers: {name} is not installed here; run: pip install {name}"
     for index, name in enumerate(recipe.teacher_models):
         if (adapter := recipe.adapters.get(name)) is not None:
             try:

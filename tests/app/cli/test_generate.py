@@ -67,7 +67,8 @@ def test_generate_imports_no_torch(exported: Path) -> None:
     ("arguments", "expected"),
     [
         (["abc", "--form", "int2"], "no form 'int2'; it has fp32, int8-weight"),
-        ([""], "the prompt is empty"),
+        ([""], "is empty; give it a value"),
+        (["-"], "the prompt is empty"),
         (["abc", "--max-new-tokens", "1000"], "this model's context is 64"),
         (["abc", "--top-p", "2"], "Invalid value for '--top-p'"),
         (["abc", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),

@@ -302,3 +302,22 @@ def test_it_is_said_what_is_learned_of_preferences(tmp_path: Path) -> None:
             assert result.exit_code == 0, result.stderr
             said = "of preferences the chosen answers are learned, each after its prompt"
             assert (f"data.domains.0.text: {said}" in result.stdout) == (field == "chosen")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "after"),
+    [
+        (["init", "--teacher", "x", "--data", "", "--target-mb", "1"], "--data"),
+        (["init", "--teacher", "", "--data", "x", "--target-mb", "1"], "--teacher"),
+        (["init", "--teacher", "x", "--data=", "--target-mb", "1"], "--data"),
+        (["pack", "", "--out", "x"], "pack"),
+        (["run", "pico", "--out", ""], "--out"),
+        (["verify", ""], "verify"),
+    ],
+)
+def test_an_empty_argument_is_not_the_folder_that_the_command_runs_in(
+    arguments: list[str], after: str
+) -> None:
+    result = call(*arguments)
+    assert (result.exit_code, f"what follows {after} is empty" in result.stderr) == (2, True)
+    assert list(Path.cwd().iterdir()) == []

@@ -167,6 +167,11 @@ def test_wrong_types_and_ranges(over: dict[str, Any], expected: str) -> None:
             {"export": {"forms": ["int8-weight", "fp32"]}},
             "export.forms.0: found 'int8-weight'; put fp32 first",
         ),
+        ({"export": {"forms": ["gguf-q8_0"]}}, "export.forms.0: found 'gguf-q8_0'; put fp32 first"),
+        (
+            {"export": {"forms": ["gguf-f16"], "recover": {"tokens": 64}}},
+            "export.forms.0: found 'gguf-f16'; put fp32 first",
+        ),
         ({"export": {"forms": ["fp32", "fp32"]}}, "export.forms: 'fp32' is there 2 times"),
         (
             {"student": {"kind": "fresh", "config": {}}},

@@ -233,6 +233,7 @@ def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
         ({"kind": "package", "package": "", "path": "x"}, "package: found ''"),
         ({"kind": "package", "package": "../x", "path": "x"}, "package: found '../x'"),
         ({"kind": "local", "path": "~nosuchuser/x"}, "there is no such user here"),
+        ({"kind": "local", "path": ""}, "found ''; write a path"),
     ],
 )
 def test_sources_that_cannot_be(change: dict[str, str], expected: str) -> None:

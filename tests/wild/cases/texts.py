@@ -95,6 +95,8 @@ _REFUSED: dict[str, tuple[str, bytes, str]] = {
         "a.jsonl", b'{"custom_id": "1", "method": "POST", "url": "/v1", "body": {"messages": []}}',
         "custom_id, method, url, body .dict., and it is unclear"),
     "JSON lines without a row": ("a.jsonl", b"\n\n", "a.jsonl: it has no rows"),
+    "a text of WordPad's": ("a.txt", rb"{\rtf1\ansi x}", "rich text; save it as UTF-8 text"),
+    "PostScript": ("a.txt", b"%!PS-Adobe-3.0", "PostScript; save its text"),
     "a PDF that is all ASCII": ("a.txt", b"%PDF-1.4 x", "a PDF; save its text"),
     **{
         f"the role {role!r}": (
