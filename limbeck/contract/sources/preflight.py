@@ -76,10 +76,10 @@ def _mistakes(recipe: AnyRecipe) -> Iterator[str]:
             file_system(recipe.store)
         except UserError as error:
             yield f"training.teacher_cache.store: {error}"
-    for name in recipe.training.trackers:
+    for tracker in recipe.training.trackers:
         # TensorBoard's files are written by either package.
-        if not any(map(importlib.util.find_spec, {name, _TRACKER.get(name, name)})):
-            yield f"training.trackers: {name} is not installed here; run: pip install {name}"
+        if not any(map(importlib.util.find_spec, {tracker, _TRACKER.get(tracker, tracker)})):
+            yield f"training.trackers: {tracker} is not installed here; run: pip install {tracker}"
     for index, name in enumerate(recipe.teacher_models):
         if (adapter := recipe.adapters.get(name)) is not None:
             try:
