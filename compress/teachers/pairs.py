@@ -23,7 +23,7 @@ from limbeck.contract.sources.places import cache_folder
 from limbeck.contract.sources.teacher_tokens import sorted_is_unknown
 from limbeck.contract.sources.tokenizer import load_tokenizer, relation
 
-_VERSION = 2  # raise it when two tokenizers would give another alignment or projection
+_VERSION = 3  # raise it when two tokenizers would give another alignment or projection
 _ROWS = 32  # training blocks of a domain that coverage is measured on
 
 

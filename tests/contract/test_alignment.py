@@ -117,6 +117,24 @@ def test_a_boundary_needs_whole_characters_on_both_sides() -> None:
         assert span
 
 
+@pytest.mark.parametrize("damage", ["", "\ufffd"])
+def test_boundaries_within_a_character_are_found_beside_what_is_no_text(damage: str) -> None:
+    """Both sides write the character byte by byte; the other one reads damage as U+FFFD."""
+    own = [OWN.by_bytes[bytes([byte])] for byte in (b"\xc3" if damage else b"") + "𓀀".encode()]
+    found = ALIGNERS["smaller"].row(own)
+    before = len(damage.encode())
+    assert len(found.ids) == before + 4
+    assert found.at.tolist()[len(damage) :] == list(range(before, before + 4))
+
+
+@pytest.mark.parametrize("first", [" a", " \xc3 a"], ids=["text", "damaged"])
+def test_a_space_that_the_other_side_adds_is_not_read_twice(first: str) -> None:
+    ids = [OWN.by_bytes[bytes([byte])] for byte in first.encode("latin-1")]
+    found = ALIGNERS["llama2"].row(ids)
+    read = b"".join(ALIGNERS["llama2"].other.pieces(found.ids.tolist()))
+    assert read == first.encode("latin-1").decode(errors="replace").encode()
+
+
 @pytest.mark.parametrize("first", ["", "a"])
 def test_a_space_that_the_other_side_adds_is_read_before_the_text(first: str) -> None:
     """The added space is a token by itself here, and stands for no byte of the text."""

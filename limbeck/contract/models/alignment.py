@@ -303,28 +303,29 @@ class Aligner:
         Return ids, the byte where each token ends (-1 inside a character), and the spans of bytes
         that the other side does not read as they are.
         """
-        text, ends_of_characters, damaged = _decoded(data)
-        pieces = self.other
-        if pieces.adds_space and text.startswith(" ") and not damaged and not marked:
+        text, bytes_of, damaged = _decoded(data)
+        pieces, read = self.other, text.encode()
+        if pieces.adds_space and text.startswith(" ") and not marked:
             encoding = pieces.tokenizer.encode(text[1:], add_special_tokens=False)
-            if b"".join(pieces.pieces(encoding.ids)) == data:
-                return encoding.ids, _sums(pieces.pieces(encoding.ids)), []
+            found = pieces.pieces(encoding.ids)
+            if b"".join(found) == read:
+                return encoding.ids, [bytes_of[end] for end in _sums(found)], damaged
         # A copy for marked text would take seconds and hundreds of MB for a large vocabulary.
         pieces.tokenizer.encode_special_tokens = not marked
         encoding = pieces.tokenizer.encode(text, add_special_tokens=False)
         pieces.tokenizer.encode_special_tokens = True
         found = (pieces.written if marked else pieces.pieces)(encoding.ids)
-        read = b"".join(found)
-        if not damaged and read == data:
-            return encoding.ids, _sums(found), []
-        if not damaged and read == b" " + data:
-            return encoding.ids, [end - 1 for end in _sums(found)], []
+        added = len(b"".join(found)) - len(read)
+        if added in (0, 1) and b"".join(found) == b" " * added + read:
+            sums = _sums(found)
+            return encoding.ids, [bytes_of[n - added] if n >= added else -1 for n in sums], damaged
         # A normaliser has changed the text: only its characters can be followed.
         ends = []
         offsets = encoding.offsets
+        sizes = [0, *_sums([character.encode() for character in text])]
         for index, (_, end) in enumerate(offsets):
             follows = index + 1 == len(offsets) or offsets[index + 1][0] >= end
-            ends.append(int(ends_of_characters[end]) if follows else -1)
+            ends.append(bytes_of[sizes[end]] if follows else -1)
         return encoding.ids, ends, damaged
 
 
@@ -361,27 +362,29 @@ def _sums(pieces: Sequence[bytes]) -> list[int]:
 
 
 def _decoded(data: bytes) -> tuple[str, list[int], list[tuple[int, int]]]:
-    """Decode UTF-8. Return text, the byte after each number of characters, and what is no UTF-8.
+    """Decode UTF-8, with U+FFFD for what is none.
 
-    A row may begin or end inside a character, and a model may write half of one.
+    Return the text; for each number of bytes of its UTF-8 how many of ``data`` these are, or -1
+    inside U+FFFD; and the spans of ``data`` that are no UTF-8. A row may begin or end inside a
+    character, and a model may write half of one.
     """
     parts: list[str] = []
-    ends, damaged, at = [0], list[tuple[int, int]](), 0
+    bytes_of, damaged, at = [0], list[tuple[int, int]](), 0
     while at < len(data):
         try:
             good, bad = data[at:].decode(), None
         except UnicodeDecodeError as error:
             good, bad = data[at : at + error.start].decode(), (at + error.start, at + error.end)
-        for character in good:
-            ends.append(ends[-1] + len(character.encode()))
         parts.append(good)
-        at = len(data)
+        stop = len(data) if bad is None else bad[0]
+        bytes_of += range(at + 1, stop + 1)
+        at = stop
         if bad is not None:
             parts.append("\ufffd")
-            ends.append(bad[1])
+            bytes_of += [-1, -1, bad[1]]
             damaged.append(bad)
             at = bad[1]
-    return "".join(parts), ends, damaged
+    return "".join(parts), bytes_of, damaged
 
 
 # Vocabularies ------------------------------------------------------------------------------------

@@ -398,3 +398,59 @@ def test_coverage_counts_bytes_and_labels(tmp_path: Path) -> None:
     first = ends[0]  # its chunk begins before the first label
     whole = len(ids) - 1
     assert coverage.bytes == pytest.approx((len(ids) - first) / whole if first > 1 else 1)
+
+
+@torch.no_grad()
+def test_features_are_compared_where_both_sides_end_a_token(tmp_path: Path) -> None:
+    """By transformers' states. A token of byte-level BPE has one character for each byte."""
+    text = "  naïve café a\u0301e\u0308 🙂👍🏽 語言 は\r\n\tthe cat  sat, 1234 ﬁsh\u200d\u00a0\n"
+    (tmp_path / "odd.txt").write_bytes(text.encode() * 60)
+    folders = [tmp_path / name for name in ("base", "other")]
+    save_teacher(folders[0], byte_level(330), seed=1)
+    save_teacher(folders[1], byte_level(420, words=False), hidden_size=48, num_hidden_layers=3)
+    recipe = tiny(
+        tmp_path,
+        teachers=[{"name": "other", "model": {"kind": "local", "path": "other"}}],
+        student={"base": {"kind": "local", "path": "base"}, "init": "base", "dropout": 0.0},
+        data={"domains": [{"name": "odd", "text": {"kind": "files", "paths": ["odd.txt"]}}]},
+        features={"weight": 0.3, "layers": [[1, 2], [2, 3]]},
+        fusion={"calibration": {"kind": "none"}},
+        training={"batch_tokens": 32, "micro_batch": 1},
+    )
+    task = train.setup(recipe=recipe, products={}, work=tmp_path / "w", key="k").task
+    assert isinstance(task, LanguageTask)
+    assert task.student.projections is not None
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
+    own, other = (AutoTokenizer.from_pretrained(folder) for folder in folders)
+    compared = 0
+    for step in (task.step(index, progress=1.0) for index in range(8)):
+        ids = step.ids_RL[0, : int((step.labels_RL[0] != IGNORED).sum()) + 1]
+        if "\ufffd" in own.decode(ids):  # cut within a character
+            continue
+        read = torch.tensor(other(own.decode(ids), add_special_tokens=False).input_ids)
+        mine, theirs = (
+            list(itertools.accumulate(map(len, tokenizer.convert_ids_to_tokens(side))))
+            for tokenizer, side in ((own, ids.tolist()), (other, read.tolist()))
+        )
+        at = [(i, theirs.index(end)) for i, end in enumerate(mine[:-1]) if end in theirs]
+        states = [
+            model(side[None], output_hidden_states=True).hidden_states
+            for model, side in zip(models, (ids, read), strict=True)
+        ]
+        expected = (
+            sum(
+                float(
+                    1 - torch.cosine_similarity(linear(states[0][a][0, i]), states[1][b][0, j], 0)
+                )
+                for linear, (a, b) in zip(
+                    task.student.projections.linears[0], [(1, 2), (2, 3)], strict=True
+                )
+                for i, j in at
+            )
+            / 2
+        )
+        step.loss(task.student, step.parts[0])
+        assert step.figures()["features"] == pytest.approx(expected / (len(ids) - 1), rel=1e-4)
+        assert 0 < len(at) < len(ids) - 1
+        compared += 1
+    assert compared
