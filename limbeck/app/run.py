@@ -23,6 +23,7 @@ from limbeck.contract.files import (
     disk_full_is_a_user_error,
     is_temporary,
     read_json,
+    require_utf8,
     unwritable_is_a_user_error,
     write_atomically,
 )
@@ -368,6 +369,7 @@ def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator
     if not leads():
         yield folder
         return
+    require_utf8(folder)
     with disk_full_is_a_user_error(folder), unwritable_is_a_user_error(folder):
         # Check before a lock file goes into a folder that may be someone else's.
         _require_ours(recipe, folder)

@@ -26,6 +26,7 @@ from limbeck.contract.files import (
     new_folder,
     put_in_place,
     read_json,
+    require_utf8,
     write_atomically,
 )
 from limbeck.contract.machine import host, versions
@@ -141,10 +142,10 @@ def write_artifact(
     of one.
 
     ``parents`` maps a role (`base`, `student` …) to the digest of the artifact or file it was made
-    from. Raises `EnvironmentalError` when the disk is full. Leaving without a ``result`` is a
-    defect.
+    from. Raises `EnvironmentalError` when the disk is full or ``path`` is not UTF-8. Leaving
+    without a ``result`` is a defect.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_utf8(path).parent.mkdir(parents=True, exist_ok=True)
     with disk_full_is_a_user_error(path), new_folder(path) as folder:
         draft = Draft(folder)
         yield draft

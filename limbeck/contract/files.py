@@ -62,6 +62,20 @@ def write_atomically(path: Path, text: str) -> None:
         _sync(path.parent)
 
 
+def require_utf8(path: Path) -> Path:
+    """``path``. Raises `EnvironmentalError` unless its absolute form is UTF-8: safetensors,
+    tokenizers and onnxruntime open no other, and would say so after the training.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise EnvironmentalError(
+            f"{path.absolute()}: this path is not UTF-8, and the libraries that read and write "
+            "models open no such path; give the file or folder another name."
+        ) from None
+    return path
+
+
 def require_place(path: Path) -> None:
     """Raise `EnvironmentalError` unless ``path`` is a file or a free name in a folder.
 

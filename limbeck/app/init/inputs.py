@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.contract.errors import DataError, LimbeckError, ModelError
-from limbeck.contract.files import parse_json
+from limbeck.contract.files import parse_json, require_utf8
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import ChatRows, Data, DatasetText, FileText, PlainText, find_recipe
 from limbeck.contract.recipe.mistakes import did_you_mean
@@ -230,7 +230,7 @@ def _path(given: str) -> Path:
         path.exists()
     except (OSError, ValueError) as error:  # too long, or a NUL in it
         raise ModelError(f"{given[:100]}: no path ({error}).") from None
-    return path
+    return require_utf8(path)
 
 
 def text_source(given: str) -> dict[str, Any]:

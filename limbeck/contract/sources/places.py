@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.contract.environment import cache_folder as cache_folder
 from limbeck.contract.errors import ArtifactError, DataError, UserError
-from limbeck.contract.files import open_regular, parse_json
+from limbeck.contract.files import open_regular, parse_json, require_utf8
 
 # What the kernel shows there of the machine and its processes, environment variables among it.
 _KERNEL = (Path("/proc"), Path("/sys"), Path("/dev"))
@@ -32,8 +32,10 @@ def file_at(path: Path, *, folder: Path) -> Path:
 def require_stored(path: Path) -> Path:
     """``path``, unless links lead it to a file of the kernel, which raises `DataError`.
 
+    Raises `EnvironmentalError` as `require_utf8` does.
     A recipe of a stranger must not turn environment variables into text to learn.
     """
+    require_utf8(path)
     try:
         real = Path(os.path.realpath(path))
     except ValueError:  # a NUL in the name; no file has such a name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from limbeck.app import run as pipeline
 from limbeck.contract.errors import EnvironmentalError
@@ -321,3 +324,21 @@ def test_an_empty_argument_is_not_the_folder_that_the_command_runs_in(
     result = call(*arguments)
     assert (result.exit_code, f"what follows {after} is empty" in result.stderr) == (2, True)
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path / "runs") + b"\xff"))
+    folder.mkdir()
+    (weights := folder / "x.safetensors").write_bytes(save({}))
+    with pytest.raises(SafetensorError, match="UTF-8"):
+        safe_open(weights, "pt")
+    weights.unlink()
+    monkeypatch.chdir(folder)
+    result = call("run", "pico", *(() if inside else ("--out", folder / "pico")))
+    assert (result.exit_code, "this path is not UTF-8" in result.stderr) == (2, True)
+    result = call("init", "--teacher", folder, "--data", "x", "--target-mb", "1")
+    assert (result.exit_code, "this path is not UTF-8" in result.stderr) == (2, True)
+    assert list(folder.iterdir()) == []
