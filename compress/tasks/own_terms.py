@@ -64,6 +64,7 @@ class OwnTerms:
             "length": tokens / rows,
             "divergence": divergence / tokens,
             "reverse_kl": log_ratio / judged if judged else None,
+            "judged": int(judged),
             "repetition": repetition / rows,
             "weights": {
                 place: {n: round(w, 4) for n, w in zip(self._names, share_K, strict=True)}
@@ -81,6 +82,9 @@ def log_ratio_to_mixture(terms: FusionTerms, valid_RL: Tensor) -> tuple[float, i
     Returns its sum in nats, and the number of labels in it. With teachers of other tokenizers p is
     that of the chunks between boundaries that all teachers share, with the weights at the chunk's
     beginning. Left out are labels that no teacher judges, and a chunk that begins in the prompt.
+
+    What is no UTF-8 is such text. So where the next text is UTF-8 with the probability Q under the
+    student and P under the teachers, the sample is one of KL(q | UTF-8 || p | UTF-8) + log Q / P.
     """
     logp_KRL, own_RL, start_RL = terms.label_logp_KRL, terms.own_logp_RL, valid_RL
     if (reach := terms.reach) is not None:

@@ -29,6 +29,8 @@ def own_text(log: Sequence[Line], samples: Sequence[Line]) -> dict[str, Any] | N
     return {
         "steps": len(steps),
         "tokens": sum(row["own_text"]["tokens"] for row in steps),
+        "judged": sum(_weight(row, "reverse_kl") for row in steps)
+        / sum(row["own_text"]["tokens"] for row in steps),
         "part": part,
         "first": {name: _mean(steps[:part], name) for name in _FIGURES},
         "last": {name: _mean(steps[-part:], name) for name in _FIGURES},
@@ -51,12 +53,18 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def _mean(steps: Sequence[Line], name: str) -> float | None:
-    """Mean over tokens; the length is a mean over rows. None where a step has no figure."""
+    """Mean over what a figure is of. None where a step has no figure."""
     if any(row["own_text"][name] is None for row in steps):
         return None
-    by = "rows" if name == "length" else "tokens"
-    weight = sum(row["own_text"][by] for row in steps)
-    return float(sum(row["own_text"][name] * row["own_text"][by] for row in steps) / weight)
+    weight = sum(_weight(row, name) for row in steps)
+    return float(sum(row["own_text"][name] * _weight(row, name) for row in steps) / weight)
+
+
+def _weight(row: Line, name: str) -> int:
+    """Number of rows or tokens that a figure of a step is the mean of."""
+    own = row["own_text"]
+    by = {"length": "rows", "reverse_kl": "judged"}.get(name, "tokens")
+    return int(own.get(by, own["tokens"]))  # logs of earlier versions do not say what was judged
 
 
 def _weights(steps: Sequence[Line]) -> list[dict[str, Any]]:

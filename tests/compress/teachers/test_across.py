@@ -361,3 +361,42 @@ def test_the_reverse_kl_of_a_sample_is_that_of_the_text(names: list[str]) -> Non
     found = log_ratio_to_mixture(terms, valid)
     assert found == (pytest.approx(total, rel=1e-4), count)
     assert 0 < count < int((labels != IGNORED).sum())
+
+
+@pytest.mark.parametrize("rises", [-1.0, 0.0, 1.0])
+def test_own_text_that_is_no_utf_8_is_left_out_of_the_reverse_kl(rises: float) -> None:
+    """Every next token of a student of bytes, weighed by its probability, with a teacher of the
+    same bytes under other ids: KL given that the text is UTF-8, plus log Q / P."""
+    own, other = pieces(byte_level(257), "student"), pieces(permute(byte_level(257), 9))
+    pair = Pair(Aligner(own, other), torch.from_numpy(projection(own, other)))
+    prompt, V, g = own.tokenizer.encode("the cat").ids, len(own), torch.Generator().manual_seed(0)
+    ids = torch.tensor([[*prompt, token] for token in range(V)])
+    labels = torch.full_like(ids, IGNORED)
+    at = len(prompt) - 1
+    labels[:, at] = ids[:, -1]
+    a = pair.align(ids)
+    states = torch.randn(1, a.ids_RM.shape[1], 8, generator=g)
+    text = torch.tensor([not (len(piece) == 1 and piece[0] > 127) for piece in own.of])
+    head = Head(torch.randn(V, 8, generator=g), rises * ~text)
+    theirs = AlignedStates(
+        states.expand(V, -1, -1), Head(torch.randn(V, 8, generator=g)), a, pair.target_V
+    )
+    hidden = torch.randn(1, ids.shape[1], 8, generator=g)
+    terms = fused_loss(
+        Fusion(), hidden_RLd=hidden.expand(V, -1, -1), head=head, teachers=[theirs],
+        labels_RL=labels, denominator=1,
+    )  # fmt: skip
+    logq_V, logp_V = (
+        torch.log_softmax(head.logits(h[0, at]).double(), -1)
+        for head, h in ((head, hidden), (theirs.head, states))
+    )
+    logp_V = logp_V[torch.argsort(pair.target_V)]
+    rows = torch.eye(V, dtype=torch.bool)[..., None] & (labels != IGNORED)
+    found = [log_ratio_to_mixture(terms, valid) for valid in rows]
+    value, judged = (torch.tensor(part, dtype=torch.float64) for part in zip(*found, strict=True))
+    assert torch.equal(judged > 0, text)
+    estimate = float((logq_V.exp() * value).sum() / (logq_V.exp() * judged).sum())
+    q, p = (torch.distributions.Categorical(logits=x[text]) for x in (logq_V, logp_V))
+    ratio = torch.logsumexp(logq_V[text], 0) - torch.logsumexp(logp_V[text], 0)
+    expected = torch.distributions.kl_divergence(q, p) + ratio
+    assert estimate == pytest.approx(float(expected), rel=1e-4)

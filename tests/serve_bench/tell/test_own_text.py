@@ -22,7 +22,11 @@ def log(steps: int = 40) -> list[dict[str, Any]]:
         own = None
         if step % 2 == 0:
             own = {"rows": 2, "tokens": 10 * step, "length": 5 * step, "reverse_kl": 1 / step}
-            own |= {"repetition": 0.25, "weights": {"speeches": {"a": 0.7, "b": 0.3}}}
+            own |= {
+                "judged": 8 * step - step // 3,
+                "repetition": 0.25,
+                "weights": {"speeches": {"a": 0.7, "b": 0.3}},
+            }
         seconds = {"generate": 3.0, "teachers": 1.0, "student": 4.0}
         weights = {"speeches": {"a": 0.5 + step / 100, "b": 0.5 - step / 100}}
         row = {"event": "step", "step": step, "own_text": own, "step_seconds": seconds}
@@ -44,8 +48,10 @@ def test_ends_are_means_over_a_tenth_of_the_steps() -> None:
     assert (found["steps"], found["part"]) == (20, 2)
     assert found["tokens"] == sum(10 * step for step in range(2, 41, 2))
     first, last = ([2, 4], [38, 40])
+    judged = sum(8 * step - step // 3 for step in range(2, 41, 2))
+    assert found["judged"] == judged / found["tokens"]
     for name, steps in (("first", first), ("last", last)):
-        kl = np.average([1 / s for s in steps], weights=[10 * s for s in steps])
+        kl = np.average([1 / s for s in steps], weights=[8 * s - s // 3 for s in steps])
         assert found[name]["reverse_kl"] == pytest.approx(kl)
         assert found[name]["length"] == pytest.approx(np.mean([5 * s for s in steps]))
     assert found["seconds"] == pytest.approx({"generate": 3 / 8, "teachers": 1 / 8, "student": 0.5})
