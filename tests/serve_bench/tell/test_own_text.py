@@ -80,7 +80,8 @@ def test_the_page_shows_own_text_and_escapes_it(
     text = read(report.html).text
     assert "What the student wrote itself" in text
     assert "text 40.1" in text
-    assert "0.333" in text  # reverse KL of the first tenth: (1/2 x 20 + 1/4 x 40) / 60
+    assert "0.335" in text  # reverse KL of the first tenth: (1/2 x 16 + 1/4 x 31) / 47
+    assert "It is of 76.8 % of the tokens" in text  # 3,227 of 4,200
     assert "<b>prompt" not in report.html.read_text()
 
 
