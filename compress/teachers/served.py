@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from compress.aligned import ANY_ROWS, Alignment, Pair
@@ -322,14 +321,16 @@ class _Cache:
     def _ask(self, key: bytes, text: list[int], server: Server) -> None:
         tensors = _kept(server.ask(text), self.vocabulary)
         path = self._answer_file(key)
+        content = save(tensors)
         with disk_full_is_a_user_error(path), new_folder(path) as folder:
-            save_file(tensors, folder / "row.safetensors")
-            with (folder / "row.safetensors").open("rb") as file:
-                os.fsync(file)
-            (folder / "row.safetensors").rename(path)
+            with (folder / "row").open("wb") as file:
+                file.write(hashlib.sha256(content).digest() + content)
+                file.flush()
+                os.fsync(file.fileno())
+            (folder / "row").rename(path)
 
     def _answer_file(self, text: bytes) -> Path:
-        return self._folder / "answers" / f"{text.hex()}.safetensors"
+        return self._folder / "answers" / text.hex()
 
 
 def projected(found: SparseStates, alignment: Alignment, target_V: Tensor) -> SparseStates:
@@ -417,13 +418,17 @@ def _kept(found: Likeliest, vocabulary: int) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of an answer, whose file begins with the digest of the rest."""
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
-    except (SafetensorError, OSError) as error:
+        found = path.read_bytes()
+        if hashlib.sha256(found[32:]).digest() != found[:32]:
+            raise OSError("it has changed since it was written")
+    except OSError as error:
         raise ArtifactError(
             f"{path}: cannot be read ({error}); delete it and run the same command again."
         ) from None
+    tensors: dict[str, Tensor] = load(found[32:])
+    return tensors
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:
