@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from limbeck.contract.artifact import Artifact, open_artifact, write_artifact
+from limbeck.contract.artifact import MANIFEST, Artifact, open_artifact, write_artifact
 from limbeck.contract.data.evals import EVALS
 from limbeck.contract.data.heldout import HELDOUT, load_heldout
 from limbeck.contract.errors import ArtifactError, DataError
@@ -218,6 +219,25 @@ def test_report_of_a_real_run(bench: Artifact, run: Path) -> None:
     assert report.verdict.status == bench.result["verdict"]
     assert "wise" in report.html.read_text()
     assert json.loads(report.json.read_text())["arms"] == bench.result["arms"]
+
+
+def test_a_student_without_a_base_has_a_report(bench: Artifact, run: Path, tmp_path: Path) -> None:
+    """A fresh student forgets nothing."""
+    for name in ("student", "onnx", "bench"):
+        shutil.copytree(run / name, tmp_path / name)
+    scores = json.loads((bench.path / figures.QUALITY).read_text())
+    scores["evals"]["base"] = None
+    (tmp_path / "bench" / figures.QUALITY).write_text(json.dumps(scores))
+    manifest = json.loads((bench.path / MANIFEST).read_text())
+    written = (tmp_path / "bench" / figures.QUALITY).read_bytes()
+    manifest["files"][figures.QUALITY] = {
+        "sha256": sha256(written).hexdigest(),
+        "bytes": len(written),
+    }
+    (tmp_path / "bench" / MANIFEST).write_text(json.dumps(manifest))
+    page = write_report(run=tmp_path, recipe=whole_recipe()).html.read_text()
+    assert "Right answers, of" in page
+    assert "the model that the student was made from" not in page
 
 
 def test_the_certificate_is_replayed_without_student_and_text(

@@ -430,6 +430,8 @@ def _fusion(recipe: Recipe) -> Iterator[str]:
     teachers = {t.name for t in recipe.teachers}
     if isinstance(recipe.student, FreshStudent) and not teachers:
         yield _FRESH.format(other="lora")
+    if isinstance(recipe.student, FreshStudent) and recipe.gates.max_forgetting is not None:
+        yield "gates.max_forgetting: a fresh student has no base to forget; leave it out"
     calibration = recipe.fusion.calibration
     if isinstance(calibration, FittedCalibration) and calibration.bounds[0] > calibration.bounds[1]:
         yield (
