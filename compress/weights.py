@@ -266,6 +266,14 @@ def span_of(config: Weights, *, aligned: bool = False) -> Literal["token", "sequ
     return granularity
 
 
+def sees_labels(config: Weights) -> bool:
+    """Whether a weight depends on the label whose teachers it weighs, or on later ones.
+
+    On text that was drawn from the student sum_k w_k p_k is no distribution then.
+    """
+    return isinstance(config, LabelWeights | CaMkdWeights | CorrectedEntropyWeights)
+
+
 def _averaged(
     value_KRL: Tensor, granularity: str, valid_RL: Tensor, global_mean_K: Tensor | None
 ) -> Tensor:

@@ -53,7 +53,7 @@ class LanguageStep:
             self._seconds["generate"] = written.seconds
             self._own_rows = {row.prompt.row: row for row in written.rows}
             places = task.own.places if task.own else ()
-            self._own = OwnTerms(places, task.names)
+            self._own = OwnTerms(places, task.names, task.recipe.fusion.weights)
             self._begun = now(task)
         teachers = task.teachers
         K, D = len(teachers), len(task.blocks)

@@ -17,16 +17,16 @@ from compress.head import IGNORED
 from compress.states import AnyStates, teacher_statistics
 from compress.tasks.language_models import LanguageModels
 from compress.tasks.own_text import OwnRow
-from compress.weights import Reach, of_joint_chunks, of_the_same_bytes
-from limbeck.contract.recipe import PosteriorWeights
+from compress.weights import Reach, of_joint_chunks, of_the_same_bytes, sees_labels
+from limbeck.contract.recipe import PosteriorWeights, Weights
 
 
 class OwnTerms:
     """Sums over the own rows of one step. `figures` adds up all processes."""
 
-    def __init__(self, places: Sequence[str], names: Sequence[str]) -> None:
-        """``names`` are the teachers'."""
-        self._places, self._names = places, names
+    def __init__(self, places: Sequence[str], names: Sequence[str], weights: Weights) -> None:
+        """``names`` are the teachers', ``weights`` how they are weighed."""
+        self._places, self._names, self._known = places, names, not sees_labels(weights)
         self._divergence = self._log_ratio = self._judged = self._repetition = self._rows = 0.0
         self._weights_PK = torch.zeros(len(places), len(names), dtype=torch.float64)
         self._labels_P = torch.zeros(len(places), dtype=torch.float64)
@@ -63,7 +63,7 @@ class OwnTerms:
             "tokens": int(tokens),
             "length": tokens / rows,
             "divergence": divergence / tokens,
-            "reverse_kl": log_ratio / judged if judged else None,
+            "reverse_kl": log_ratio / judged if judged and self._known else None,
             "judged": int(judged),
             "repetition": repetition / rows,
             "weights": {

@@ -246,6 +246,18 @@ def test_the_loss_on_own_text_is_the_formula_on_the_texts_that_were_kept(tmp_pat
     assert sum(figures["own_text"]["weights"]["code"].values()) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["label", "ca_mkd", "corrected_entropy"])
+def test_weights_that_look_at_the_drawn_token_give_no_reverse_kl(tmp_path: Path, kind: str) -> None:
+    """They favour the teacher that expects it, so the estimate would be too low."""
+    task = loaded(own_recipe(tmp_path, fusion={"weights": {"kind": kind}}), tmp_path / "w")
+    step = task.step(0, progress=0.0)
+    for part in step.parts:
+        step.loss(task.student, part)
+    own = step.figures()["own_text"]
+    assert own["reverse_kl"] is None
+    assert own["judged"] == own["tokens"] > 0
+
+
 def test_own_and_corpus_rows_add_up_whatever_the_micro_batch(tmp_path: Path) -> None:
     losses = []
     for micro in (1, 2, 4):
