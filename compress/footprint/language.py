@@ -244,7 +244,7 @@ def _operations(
     with the `topk` cache the heads do too.
     """
     config, cache = recipe.training, recipe.training.teacher_cache
-    tokens = config.tokens or 0
+    tokens = 0 if isinstance(recipe.student, MergeStudent) else config.tokens or 0
     micro = config.micro_batch * recipe.data.block
     heldout = _heldout_tokens(recipe)
     measurements = 2 + (tokens // config.batch_tokens) // config.evaluate_every

@@ -257,7 +257,8 @@ class _Run:
             parts.append([x[:1] for x in found[: len(activations)]])
             cache = dict(zip(cache, found[len(activations) :], strict=True))
         return {
-            name: np.concatenate(x, axis=1)
+            # Along the tokens, also where rows and tokens are one axis (GPT-2's products).
+            name: np.concatenate(x, axis=-2)
             for name, x in zip(activations, zip(*parts, strict=True), strict=True)
         }
 

@@ -17,6 +17,7 @@ from limbeck.contract.machine import OtherWork, host, watch_other_work
 from limbeck.contract.progress import about
 from limbeck.contract.recipe import (
     AnyRecipe,
+    MergeStudent,
     RecipeModel,
     ServerModel,
     find_recipe,
@@ -141,8 +142,8 @@ class _Making:
 
     @property
     def minutes(self) -> float | None:
-        """Minutes of training, if that is its budget."""
-        return self.recipe.minutes
+        """Minutes of training, if that is its budget; a merge trains nothing."""
+        return None if isinstance(self.recipe.student, MergeStudent) else self.recipe.minutes
 
     def seconds(self, speed: float) -> float:
         """Seconds of training at ``speed`` operations per second, or its budget in time."""

@@ -409,6 +409,25 @@ def _cached(folder: Path, cache: str, *, tokens: int) -> Recipe:
     )
 
 
+@pytest.mark.parametrize("budget", [{"tokens": 1_000_000}, {"minutes": 60}])
+def test_a_merge_takes_no_steps(budget: dict[str, Any]) -> None:
+    """It computes what one step less than the least training does, whatever its budget is."""
+    base = {"kind": "random", "config": {"model_type": "llama", **TINY, "num_hidden_layers": 3}}
+
+    def made(student: str, **training: Any) -> Recipe:
+        return pico_recipe(
+            student={"kind": student, "base": base},
+            teachers=[{"name": "t", "model": base}],
+            training={"batch_tokens": 32, "evaluate_every": 1_000_000} | training,
+        )
+
+    merged = plan.plan_recipe(made("merge", **budget), trial=True)
+    once, twice = (plan.plan_recipe(made("shrink", tokens=n)).operations for n in (32, 64))
+    assert merged.operations == pytest.approx(2 * once - twice)
+    assert merged.seconds is not None
+    assert merged.seconds < 60
+
+
 def _recipe(student: str) -> Recipe:
     base = {"kind": "random", "config": {"model_type": "llama", **TINY, "num_hidden_layers": 3}}
     if student == "lora":

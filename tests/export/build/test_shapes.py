@@ -147,6 +147,18 @@ def test_a_decoder_of_fixed_shape_generates_what_torch_does(fixed: tuple[Path, A
         open_batch(decoder, rows=2, tokens=32)
 
 
+def test_products_of_rows_and_tokens_in_one_axis_are_measured(tiny: Factory) -> None:
+    """GPT-2's are; their channels decide which outliers move and where 4 bits round."""
+    exported = tiny.exported(
+        "gpt2",
+        forms=["fp32", SMALL, {"kind": "int4-weight", "block_size": 16, "algorithm": "gptq"}],
+        bench=BENCH,
+        backend="dynamo",
+        shapes={"kind": "static", "batch": 2, "length": 32},
+    )
+    assert verify_parity(exported.path).keys() == {"fp32", "int8-weight", "int4-weight"}
+
+
 @pytest.mark.slow
 def test_a_run_of_fixed_shape_ends_in_a_verdict_and_generates(tmp_path: Path) -> None:
     """The whole job on graphs of one shape: measured, verified, and the command line says what
