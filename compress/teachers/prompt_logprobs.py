@@ -82,7 +82,7 @@ class Server:
         """
         context = self._endpoint.context
         if context is not None and tokens >= context:
-            found = f"data.block is {tokens}; set data.block to {context - 1} or less"
+            found = f"a text takes {tokens}; set data.block to {context - 1} or less"
             if aligned:
                 found = f"a block of the text takes {tokens} of its tokens; make data.block smaller"
             raise ModelError(
