@@ -40,6 +40,12 @@ def chat_template(
     try:
         return str(tokenizer.get_chat_template(tools=conversation.tools if conversation else None))
     except ValueError:
+        if isinstance(tokenizer.chat_template, dict) and tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer's chat templates are called {', '.join(tokenizer.chat_template)}, "
+                "and none is the default. Write the one that is meant into chat_template.jinja in "
+                "the folder of the model it comes from (first teacher or student.base)."
+            ) from None
         raise DataError(
             "the tokenizer has no chat template, so chat data cannot be rendered. Put a "
             "chat_template.jinja into the folder "

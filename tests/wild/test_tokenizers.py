@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import compress
 from compress.aligned import AlignedStates
+from compress.data.chat import chat_template
 from compress.data.packing import Piece, special_prefix, tokenise
 from compress.teachers.live import Teachers
 from compress.teachers.pairs import pair_teachers
@@ -326,6 +327,20 @@ def test_chat_templates_by_name_are_read_as_transformers_reads_them(tmp_path: Pa
         assert right.get_chat_template(tools=[{}]) == texts["tool_use"]
         found = load_text(tmp_path / "model")
         assert [found.template, found.tool_template] == list(texts.values())
+
+
+def test_chat_templates_without_a_default_and_in_another_coding_are_named(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    changed(tmp_path / "model", chat_template={"rag": CHAT, "tool_use": CHAT})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no default specified"):
+        tokenizer.get_chat_template()
+    with pytest.raises(DataError, match=r"called rag, tool_use, .*into chat_template\.jinja"):
+        chat_template(tokenizer)
+    (tmp_path / "model/chat_template.jinja").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(ModelError, match=r"chat_template\.jinja: not UTF-8 text"):
+        load_text(tmp_path / "model")
 
 
 def changed(folder: Path, **fields: Any) -> None:

@@ -198,6 +198,7 @@ def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates of a model folder by name, those of files before those of ``config``.
 
     ``config`` is what tokenizer_config.json holds. The template without a name is ``default``.
+    Raises `ModelError` for a file that is not UTF-8.
     """
     written = config.get("chat_template")
     by_name = written if isinstance(written, dict) else {"default": written}
@@ -207,7 +208,12 @@ def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     found = {str(t.get("name", "default")): t["template"] for t in named}
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in (folder / MORE_TEMPLATES).glob("*.jinja")}
-    return found | {n: path.read_text("utf-8") for n, path in files.items() if path.is_file()}
+    for name, path in files.items():
+        try:
+            found |= {name: path.read_text("utf-8")} if path.is_file() else {}
+        except UnicodeDecodeError:
+            raise ModelError(f"{path}: not UTF-8 text; save it as UTF-8.") from None
+    return found
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
