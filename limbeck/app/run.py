@@ -376,7 +376,7 @@ def open_run(recipe: AnyRecipe, folder: Path, *, wait: bool = False) -> Iterator
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=wait):
         _require_ours(recipe, folder)
-        if not (folder / RUN).exists():
+        if not (folder / RUN).exists() or read_json(folder / RUN)["digest"] != recipe.digest:
             claim = {
                 "recipe": recipe.name,
                 "digest": recipe.digest,
@@ -415,7 +415,8 @@ def _require_ours(recipe: AnyRecipe, folder: Path) -> None:
         raise ArtifactError(
             f"{folder / RUN}: not what Limbeck writes; name another folder with --out."
         ) from None
-    if digest != recipe.digest:
+    # A run that failed before it made anything has no claim to keep.
+    if digest != recipe.digest and {entry.name for entry in folder.iterdir()} - {RUN, LOCK}:
         raise ArtifactError(
             f"{folder}: belongs to another recipe: found {name} ({digest[:8]}), expected "
             f"{recipe.name} ({recipe.digest[:8]}). Leave --out away or name another folder; a "

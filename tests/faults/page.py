@@ -118,7 +118,7 @@ def _in_use(folder: Path) -> None:
 def _other_recipe(folder: Path) -> None:
     for seed in (0, 1):
         with open_run(pico_recipe(seed=seed), folder / "run"):
-            pass
+            (folder / "run/student").mkdir()
 
 
 def _not_a_run(folder: Path) -> None:

@@ -17,7 +17,7 @@ import export
 from limbeck.app import run as pipeline
 from limbeck.app.exports import adopt
 from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, write_artifact
-from limbeck.contract.errors import ArtifactError, EnvironmentalError, ParityError
+from limbeck.contract.errors import ArtifactError, DataError, EnvironmentalError, ParityError
 from limbeck.contract.recipe import Recipe, load_recipe
 from tests.app.run.stages import Stages, recipe
 from tests.factory import Factory
@@ -35,6 +35,17 @@ def test_a_folder_of_another_recipe_is_refused(stages: Stages) -> None:
     ):
         assert expected in str(caught.value)
     assert open_artifact(Path("out/student")).manifest["recipe"]["resolved"]["name"] == "first"
+
+
+def test_a_folder_of_a_run_that_made_nothing_is_free_again(stages: Stages) -> None:
+    """Its recipe is corrected after a mistake that the first stage has found."""
+    first, second = load_recipe(recipe("first")), load_recipe(recipe("second"))
+    with pytest.raises(DataError), pipeline.open_run(first, Path("out")):
+        raise DataError("too little text")
+    pipeline.run(second, out=Path("out"))
+    assert json.loads(Path("out/run.json").read_text())["digest"] == second.digest
+    with pytest.raises(ArtifactError, match="belongs to another recipe: found second"):
+        pipeline.run(first, out=Path("out"))
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(stages: Stages) -> None:
