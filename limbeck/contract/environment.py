@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType
@@ -77,11 +78,16 @@ def cache_folder() -> Path:
 def prepare() -> None:
     """Set what is missing; a variable that the user has set stays as it is.
 
+    Libraries do not find the package ``kernels``, unless a program has imported it already. With
+    it bitsandbytes, while it is imported on a processor with bf16, downloads native code from the
+    hub and runs it; transformers may do the same.
+
     OpenMP threads of torch wait for each other by spinning. On a core that another process uses,
     they spin instead of working, and a step takes 6 to 8 times as long; asleep, they do not.
     """
     for name, value in _NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     # The code that needs the cache reports what is wrong with it.
     with contextlib.suppress(OSError, EnvironmentalError):
         cache = cache_folder()

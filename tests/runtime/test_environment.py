@@ -71,6 +71,20 @@ def test_what_the_user_has_set_stays() -> None:
     assert done.stdout.split() == ["0", "None"], done.stderr
 
 
+def test_no_library_loads_native_code_from_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
+    use = "import bitsandbytes, peft, transformers.utils; print(transformers.utils.is_kernels_available())"
+    for code, printed in ((f"import limbeck; {use}", "False\n"), ("import kernels", "")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=clean(PYTHONPATH=f"{tmp_path}:{os.getcwd()}"),
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout == printed, done.stderr
+        assert ("kernels was imported" in done.stderr) == (code == "import kernels")
+
+
 def test_what_is_measured_waits_as_libgomp_does_by_itself() -> None:
     libgomp = next(Path(find_spec("torch").origin).parent.glob("lib/libgomp*"))  # type: ignore[union-attr,arg-type]
     load = f"import ctypes; ctypes.CDLL({str(libgomp)!r})"
