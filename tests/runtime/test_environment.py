@@ -73,8 +73,9 @@ def test_what_the_user_has_set_stays() -> None:
 
 def test_no_library_loads_native_code_from_the_hub(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
-    use = "import bitsandbytes, peft, transformers.utils; print(transformers.utils.is_kernels_available())"
-    for code, printed in ((f"import limbeck; {use}", "False\n"), ("import kernels", "")):
+    libraries = "import bitsandbytes, peft, transformers.utils as found"
+    use = f"import limbeck; {libraries}; print(found.is_kernels_available())"
+    for code, printed in ((use, "False\n"), ("import kernels", "")):
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=clean(PYTHONPATH=f"{tmp_path}:{os.getcwd()}"),
