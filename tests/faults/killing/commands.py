@@ -27,7 +27,7 @@ _NAME = "me/kills"
 
 _SEARCH = (
     "--set", "budget.size_mb=0.6", "--set", "budget.tpot_ms=50", "--set", "training.tokens=1024",
-    "--set", "bench.minutes=0.02", "--set", "search.depths=[0.5]", "--set", "search.widths=[]",
+    "--set", "bench.minutes=0.02", "--set", "search.depths=[0.5]", "--set", "search.widths=[1]",
     "--set", "search.rungs=[512]",
 )  # fmt: skip
 
