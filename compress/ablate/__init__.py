@@ -64,7 +64,8 @@ def ablate(
     _require_comparable(recipe, arms or ())
     quiet_libraries()
     asked = arms or ()
-    arms = _ordered(design.reference, asked or design.arms)
+    known = [arm for arm in design.arms if recipe.base is not None or not is_merge(arm)]
+    arms = _ordered(design.reference, asked or known)
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "runs.json"
     parents = input_digests(recipe, products=products)
@@ -137,6 +138,11 @@ def _require_comparable(recipe: AnyRecipe, arms: Sequence[str]) -> None:
         raise RecipeError(
             f"{recipe.name}: an ablation of fusion needs at least two teachers, found "
             f"{len(recipe.teachers)}."
+        )
+    if recipe.student.kind == "merge":
+        raise RecipeError(
+            f"{recipe.name}: a merge trains nothing, so that all arms would be one student; give "
+            "student.kind: lora, and the arm merge-average beside the others."
         )
     for arm in arms:
         require_arm(recipe, arm)

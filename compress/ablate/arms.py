@@ -220,6 +220,11 @@ def require_arm(recipe: AnyRecipe, arm: str) -> None:
         made = variant(recipe, name, 0, {})
         for mistake in tokenizer_mistakes(made):
             raise RecipeError(f"--arms {arm}: {mistake}.")
+    if not at and is_merge(name) and recipe.base is None:
+        raise RecipeError(
+            f"--arms {arm}: a merge starts from the student's base, and a student of kind "
+            f"{recipe.student.kind} has none; leave the arm out."
+        )
     if not at:
         return
     is_trained = not is_merge(name) and name != ORACLE

@@ -246,6 +246,7 @@ def test_calibration_error_by_hand() -> None:
         ("uniform@nowhere", r"found a start of 'nowhere'; a start is base or merge"),
         ("merge-ties@base", "of an arm that trains a language model"),
         ("routed-oracle@merge", "of an arm that trains a language model"),
+        ("merge-ties", "student's base, and a student of kind fresh has none; leave the arm out"),
         ("recipe@base", "a student of kind fresh has one start only; name the arm recipe"),
     ],
 )
@@ -261,6 +262,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         ablate.ablate(recipe=tiny(tmp_path), products={}, out=tmp_path / "a", arms=["nothing"])
     with pytest.raises(RecipeError, match="needs at least two teachers, found 0"):
         ablate.ablate(recipe=tiny(tmp_path, teachers=[]), products={}, out=tmp_path / "a")
+    merged = tiny(tmp_path).resolved()
+    merged |= {"student": {"kind": "merge", "base": merged["student"]["base"]}}
+    with pytest.raises(RecipeError, match="a merge trains nothing"):
+        ablate.ablate(recipe=parse_recipe(merged), products={}, out=tmp_path / "a")
     with pytest.raises(RecipeError, match="equal tokens"):
         ablate.ablate(
             recipe=tiny(tmp_path, training={"tokens": None, "minutes": 1}),
