@@ -14,7 +14,7 @@ from limbeck.contract.artifact import Artifact, find_artifact, open_artifact, wo
 from limbeck.contract.recipe import AnyRecipe, Recipe, fingerprint
 from limbeck.contract.sources.digests import input_digests
 
-_VERSION = 1  # of the stage: raise it when the same input would give another student
+_VERSION = 2  # of the stage: raise it when the same input would give another student
 _RECOVERY = 2  # the same for `recover`
 
 __all__ = ["cache_teachers", "distill", "fill_cache", "heal", "recover"]

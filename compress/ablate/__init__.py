@@ -44,7 +44,7 @@ from limbeck.contract.sources.digests import input_digests
 __all__ = ["DESIGNS", "ablate", "markdown", "summarise", "verdict"]
 
 
-_VERSION = 2  # of what a run of an arm holds
+_VERSION = 3  # of what a run of an arm holds
 
 
 def ablate(

@@ -34,7 +34,7 @@ from limbeck.contract.recipe import HiddenCache, TopkCache, fingerprint
 Shard = Sequence[tuple[bytes, Row]]  # rows with their keys
 _Kept = Sequence[tuple[dict[str, Tensor], int]]  # a shard's tensors and a place in them, by row
 
-_VERSION = 1
+_VERSION = 2
 _SHARD_ROWS = 64
 _BATCH_ROWS = 4
 
