@@ -77,9 +77,12 @@ class Answer:
         post: Post,
         metrics: Metrics,
         limits: Limits,
+        *,
+        each: int = 1,
     ) -> None:
-        """Submit ``requests``, which have one prompt. Raises as ``submit`` does."""
-        self._metrics, self._limits, self._prompt = metrics, limits, len(requests[0].ids)
+        """Submit ``requests``, of which ``each`` in turn have one prompt. Raises as ``submit``."""
+        self._metrics, self._limits = metrics, limits
+        self._prompt = sum(len(request.ids) for request in requests[::each])
         self._last = dict.fromkeys(range(len(requests)), arrived)
         self._made = [0] * len(requests)
         self._box, put = post.box()
@@ -90,12 +93,12 @@ class Answer:
         except BaseException:
             self.leave()
             raise
-        self._first = self._open[0]
+        self._firsts = [self._open[index] for index in range(0, len(requests), each)]
 
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(self._prompt, sum(self._made), self._first.reused)
+        return Usage(self._prompt, sum(self._made), sum(first.reused for first in self._firsts))
 
     @property
     def ended(self) -> bool:

@@ -47,7 +47,7 @@ from serve_bench.serve.delivery import (
 from serve_bench.serve.engine import Engine, Piece, Request, Stream
 from serve_bench.serve.gate import ApiError, Visit, bearer, wrong
 from serve_bench.serve.metrics import Metrics
-from serve_bench.serve.wire import ChatBody, Common, CompletionBody
+from serve_bench.serve.wire import CHOICES, ChatBody, Common, CompletionBody
 
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
 # Threads that turn text into tokens. Each one costs memory: tokenizers caches 10,000 words for it.
@@ -97,18 +97,19 @@ class Service:
     async def complete(self, http: HttpRequest, body: CompletionBody) -> Response:
         """`/v1/completions`."""
         self._check(body)
-        prompt = body.one_prompt
-        if isinstance(prompt, str):
-            self._fits(prompt)
-            try:
-                ids = await self._work(http, self._readers, self.engine.text.encode, prompt)
-            except DataError as error:
-                raise ApiError(400, str(error), param="prompt") from None
-        else:
-            ids = prompt
+        if (count := len(body.prompts) * body.choices) > CHOICES:
+            more = f"found {len(body.prompts)} prompts with {body.choices} answers each"
+            raise wrong("prompt", f"{more}, {count} in all; at most {CHOICES} are allowed")
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                self._fits(prompt)
+        try:
+            prompts = await self._work(http, self._readers, self._read_prompts, body.prompts)
+        except DataError as error:
+            raise ApiError(400, str(error), param="prompt") from None
         most = body.max_tokens
         if most is None:
-            most = self._room(ids, _COMPLETION_TOKENS)
+            most = min(self._room(ids, _COMPLETION_TOKENS) for ids in prompts)
         elif most == 0 and not body.echo and body.prompt_logprobs is None:
             raise ApiError(
                 400,
@@ -122,7 +123,11 @@ class Service:
         if body.schema_of_answer is not None:
             lark = f"start: {json_rule(body.schema_of_answer)}"
             grammar = await self._grammar(http, lark, "response_format")
-        return await self._answer(http, body, ids, most, shape, grammar=grammar)
+        return await self._answer(http, body, prompts, most, shape, grammar=grammar)
+
+    def _read_prompts(self, prompts: list[str | list[int]]) -> list[list[int]]:
+        encode = self.engine.text.encode
+        return [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     async def chat(self, http: HttpRequest, body: ChatBody) -> Response:
         """`/v1/chat/completions`."""
@@ -151,7 +156,7 @@ class Service:
         grammar = None
         if (lark := offer.grammar(body)) is not None:
             grammar = await self._grammar(http, lark, "tools" if tools else "response_format")
-        return await self._answer(http, body, ids, most, shape, grammar=grammar, offer=offer)
+        return await self._answer(http, body, [ids], most, shape, grammar=grammar, offer=offer)
 
     def _read_chat(
         self, body: ChatBody, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
@@ -243,7 +248,7 @@ class Service:
         self,
         http: HttpRequest,
         body: Common,
-        ids: list[int],
+        prompts: list[list[int]],
         most: int,
         shape: Shape,
         *,
@@ -260,7 +265,7 @@ class Service:
         timeout = max(limits.request_timeout - (time.monotonic() - arrived), 1e-3)
         stop_ids = frozenset() if body.ignore_eos else text.stop_ids
         request = Request(
-            ids=tuple(ids),
+            ids=(),
             max_new_tokens=max(most, 1),
             sampling=body.sampling,
             stop_ids=stop_ids | frozenset(body.stop_token_ids or ()),
@@ -270,14 +275,21 @@ class Service:
             owner=json.dumps([bearer(http.headers), body.cache_salt]),
             grammar=grammar,
         )
-        echoed = await self._echo(http, request, body, most)
+        asked = [replace(request, ids=tuple(ids)) for ids in prompts]
+        echoed = [
+            replace(choice, index=body.choices * place + choice.index)
+            for place, one in enumerate(asked)
+            for choice in await self._echo(http, one, body, most)
+        ]
         if most == 0:
             for choice in echoed:
                 choice.finish = "length"
-            visit.usage = lambda: Usage(len(ids), 0, 0)
+            visit.usage = lambda: Usage(sum(map(len, prompts)), 0, 0)
             return JSONResponse(shape.whole(echoed, visit.usage()))
-        requests = self._numbered(request, body)
-        answer = Answer(self.submit, requests, arrived, self.post(), self.metrics, limits)
+        requests = [each for one in asked for each in self._numbered(one, body)]
+        answer = Answer(
+            self.submit, requests, arrived, self.post(), self.metrics, limits, each=body.choices
+        )
         visit.usage = lambda: answer.usage
         parts = Parts(offer)
         try:
@@ -291,7 +303,7 @@ class Service:
 
     @staticmethod
     def _numbered(request: Request, body: Common) -> list[Request]:
-        """One request a choice; each has a seed of its own, the first one the body's."""
+        """One request a choice; each has a seed of its own, the first of a prompt the body's."""
         first, count = body.seed, body.choices
         seeds = [None if first is None else (first + at) % 2**64 for at in range(count)]
         return [replace(request, seed=seed) for seed in seeds]

@@ -30,7 +30,7 @@ from serve_bench.serve.text.neutral import OFF, is_nothing, text_part, without_e
 STOPS = 16  # stop strings of one request
 _STOP_LENGTH = 256  # characters
 _STOP_IDS = 1024  # of one request; each one costs time at every token
-_CHOICES = 64  # of one request
+CHOICES = 64  # of one request
 _TOOLS = 128  # of one request
 _UNSUPPORTED = "this server does not support it; leave it out"
 
@@ -134,7 +134,7 @@ class Common(_Body):
 
     model: Str
     max_tokens: Annotated[Int, Field(ge=1)] | None = None
-    n: Annotated[Int, Field(ge=1, le=_CHOICES)] | None = None
+    n: Annotated[Int, Field(ge=1, le=CHOICES)] | None = None
     seed: Int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=_STOP_IDS)] | None = None
@@ -224,8 +224,8 @@ class CompletionBody(Common):
     prompt: (
         Str
         | list[int]
-        | Annotated[list[Str], Field(max_length=1)]
-        | Annotated[list[list[int]], Field(max_length=1)]
+        | Annotated[list[Str], Field(max_length=CHOICES)]
+        | Annotated[list[list[int]], Field(max_length=CHOICES)]
     )
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
     echo: bool | None = None
@@ -239,11 +239,11 @@ class CompletionBody(Common):
         return None if given is False else given
 
     @property
-    def one_prompt(self) -> str | list[int]:
-        """The prompt as text or tokens."""
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts as text or tokens; several are answered as if each had come alone."""
         if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
-            return self.prompt[0]
-        return self.prompt  # type: ignore[return-value]  # the list of one is unpacked above
+            return list(self.prompt)
+        return [self.prompt]  # type: ignore[list-item]
 
     @property
     def wanted_logprobs(self) -> int | None:

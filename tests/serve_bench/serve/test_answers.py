@@ -315,6 +315,38 @@ def test_several_choices_are_several_requests(served: Artifact, client: openai.O
     assert (list(texts.values()), sorted(ends)) == (alone, [0, 1, 2])
 
 
+def test_several_prompts_are_several_requests(
+    served: Artifact, server: Listener, client: openai.OpenAI
+) -> None:
+    asked: dict[str, Any] = {"model": "pico", "max_tokens": 8, "seed": 7, "n": 2}
+    asked["extra_body"] = {"ignore_eos": True}
+    prompts = ["several", "prompts at once", "é"]
+    alone = [
+        choice.text
+        for prompt in prompts
+        for choice in client.completions.create(**asked, prompt=prompt).choices
+    ]
+    ids = [load_text(served.path).encode(prompt) for prompt in prompts]
+    for given in (prompts, ids):
+        answer = client.completions.create(**asked, prompt=given)
+        assert [choice.text for choice in answer.choices] == alone
+        assert [choice.index for choice in answer.choices] == list(range(6))
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+        assert answer.usage.completion_tokens == 6 * 8
+    texts = dict.fromkeys(range(6), "")
+    for event in client.completions.create(**asked, prompt=prompts, stream=True):
+        texts[event.choices[0].index] += event.choices[0].text
+    assert list(texts.values()) == alone
+
+    scored = {"model": "pico", "max_tokens": 0, "echo": True, "logprobs": 0}
+    found = bare(server, "POST", "/v1/completions", scored | {"prompt": prompts})[2]["choices"]
+    for choice, prompt in zip(found, prompts, strict=True):
+        one = bare(server, "POST", "/v1/completions", scored | {"prompt": prompt})[2]
+        assert choice["text"] == prompt
+        assert choice["logprobs"] == one["choices"][0]["logprobs"]
+
+
 def test_penalties_and_filters_are_the_decoders(served: Artifact, client: openai.OpenAI) -> None:
     text = load_text(served.path)
     given = {"top_k": 9, "min_p": 0.02, "repetition_penalty": 1.4, "min_tokens": 9}
