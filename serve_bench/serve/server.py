@@ -62,6 +62,7 @@ def make_app(
     }
 
     @app.get("/v1/models")
+    @app.get("/v1/models/")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 

@@ -42,7 +42,7 @@ def run(tiny: Factory, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_packed_folder_holds_one_form_and_runs_as_before(run: Path, tmp_path: Path) -> None:
-    done = call("pack", run, "--out", tmp_path / "packed", "--zip")
+    done = call("pack", run, "--out", tmp_path / "packed.zip", "--zip")
     assert done.exit_code == 0, done.stderr
     packed = open_artifact(tmp_path / "packed", kind="onnx")  # every hash is checked
     names = {p.relative_to(packed.path).as_posix() for p in packed.path.rglob("*") if p.is_file()}

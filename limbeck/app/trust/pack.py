@@ -61,11 +61,13 @@ def pack(
 ) -> Packed:
     """Write one form of the exported student of ``run``, a run or its exported folder, to ``out``.
 
-    With ``triton`` it becomes a Triton model repository. Every file of the export is checked
-    against its hash first. Raises `ArtifactError` for another folder or an unknown form,
-    `UserError` if ``out`` exists or Triton cannot serve the form, `EnvironmentalError` if it cannot
-    be written.
+    The zip lies beside it; ``out`` may be its name. With ``triton`` the folder becomes a Triton
+    model repository. Every file of the export is checked against its hash first. Raises
+    `ArtifactError` for another folder or an unknown form, `UserError` if ``out`` exists or Triton
+    cannot serve the form, `EnvironmentalError` if it cannot be written.
     """
+    if as_zip and out.suffix == ".zip":
+        out = out.with_suffix("")
     archive = Path(f"{out}.zip") if as_zip else None
     require_outside(out)
     for path in (out, archive):

@@ -410,6 +410,8 @@ def test_what_is_no_json_or_no_endpoint(server: Listener) -> None:
     status, _, body = bare(server, "GET", "/v1/embeddings")
     assert (status, "this server has /v1/models" in body["error"]["message"]) == (404, True)
     assert bare(server, "GET", "/v1/completions")[0] == 405
+    models = [bare(server, "GET", path) for path in ("/v1/models", "/v1/models/")]
+    assert models[0][2] == models[1][2]
 
 
 @pytest.mark.parametrize(
