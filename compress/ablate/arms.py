@@ -66,6 +66,7 @@ _LANGUAGE = Design(
         "merge-average": _merge("average"),
         "merge-ties": _merge("ties"),
         "merge-dare": _merge("dare_ties"),
+        "merge-svd": _merge("svd"),
         ORACLE: {},
         BY_DOMAIN: {},
         "recipe": {},

@@ -7,6 +7,8 @@ With W_0 the base's weights, W_k those of teacher k, and w_k its weight:
     ties        trim each difference to its largest share, elect a sign, average the values that
                 agree: TIES, arXiv 2306.01708
     dare_ties   drop at random and rescale before `ties`: DARE, arXiv 2311.03099
+    svd         average, of which each matrix keeps its largest singular values: what a LoRA
+                adapter of that rank can hold; for LoRA adapters this is peft's `svd`
 
 The arithmetic on tensors is peft's (`peft.utils.merge_utils`). Two models can be merged when their
 parameters have the same names and shapes; whether that is worth anything is measured, not assumed:
@@ -27,7 +29,7 @@ from torch import Tensor
 from limbeck.contract.errors import ModelError
 from limbeck.contract.progress import task
 
-Method = Literal["average", "ties", "dare_ties"]
+Method = Literal["average", "ties", "dare_ties", "svd"]
 State = Mapping[str, Tensor]
 
 
@@ -38,6 +40,7 @@ class Merge:
     method: Method
     weights: Mapping[str, float]
     density: float = 0.5  # share of each difference that `ties` and `dare_ties` keep
+    rank: int = 16  # singular values of each matrix that `svd` keeps
 
     def __str__(self) -> str:
         """For messages and reports: ``average of speeches (0.5) and scripture (0.5)``."""
@@ -99,8 +102,10 @@ def _merged(
     from peft.utils import merge_utils  # seconds, which only a merge needs
 
     weights = torch.tensor([merge.weights[teacher] for teacher in used])
-    if merge.method == "average":
+    if merge.method in ("average", "svd"):
         change = merge_utils.task_arithmetic(differences, weights)
+        if merge.method == "svd" and change.ndim == 2:
+            change = _cut(change, merge.rank)
     elif merge.method == "ties":
         change = merge_utils.ties(differences, weights, merge.density)
     else:
@@ -109,6 +114,13 @@ def _merged(
             change = merge_utils.dare_ties(differences, weights, merge.density)
     found: Tensor = start.float() + change
     return found.to(start.dtype)
+
+
+def _cut(change_NK: Tensor, rank: int) -> Tensor:
+    """The nearest matrix of ``rank`` (Eckart and Young)."""
+    U, S, V = torch.linalg.svd(change_NK, full_matrices=False)
+    found: Tensor = U[:, :rank] * S[:rank] @ V[:rank]
+    return found
 
 
 def load_merged(model: Any, values: Iterator[tuple[str, Tensor]]) -> None:

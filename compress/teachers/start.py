@@ -132,10 +132,10 @@ def merges_to_try(
             "leave it out, or name the base that it was made from."
         )
     method: Method = "average" if student.method == "auto" else student.method
-    equal = 1 / len(names) if method == "average" else 1.0
+    equal = 1 / len(names) if method in ("average", "svd") else 1.0
     weights = student.weights or dict.fromkeys(names, equal)
     used = {name: weights[name] for name in names if weights.get(name)}
-    return [Merge(method, used, student.density)]
+    return [Merge(method, used, student.density, student.rank)]
 
 
 def choose_start(

@@ -86,7 +86,7 @@ class MergeStudent(Frozen):
 
     kind: Literal["merge"]
     base: BaseSource = Field(description="Model that the teachers were made from.")
-    method: Literal["auto", "average", "ties", "dare_ties"] = Field(
+    method: Literal["auto", "average", "ties", "dare_ties", "svd"] = Field(
         "auto", description="How; auto takes the merge that reads the training text best."
     )
     weights: dict[str, Float] | None = Field(
@@ -95,6 +95,7 @@ class MergeStudent(Frozen):
     density: Fraction = Field(
         0.5, gt=0, lt=1, description="Share of each difference that ties and dare_ties keep."
     )
+    rank: Count = Field(16, description="Singular values that svd keeps of each matrix's change.")
 
 
 Student = Annotated[

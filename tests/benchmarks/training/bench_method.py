@@ -53,7 +53,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {  # teachers and domains
     "foreign": (["speeches", "scripture"], ["speeches", "scripture", "code"]),
     **{n: (["speeches", "scripture", bad], ["speeches", "scripture"]) for n, bad in BAD.items()},
 }
-MERGES = ["merge-average", "merge-ties", "merge-dare"]
+MERGES = ["merge-average", "merge-ties", "merge-dare", "merge-svd"]
 ARMS = ["recipe", "ce-only-equal-time", "uniform", "entropy-token", "best-single", "routed-oracle"]
 
 

@@ -55,24 +55,28 @@ def whole(base: Path, adapter: Path) -> dict[str, Tensor]:
     )
 
 
-def by_peft(base: Path, adapters: dict[str, Path], weights: list[float]) -> dict[str, Tensor]:
-    """peft's own exact merge, ``cat``, put into the base."""
+def by_peft(
+    base: Path, adapters: dict[str, Path], weights: list[float], kind: str
+) -> dict[str, Tensor]:
+    """peft's own merge of this kind, put into the base."""
     model = PeftModel.from_pretrained(load_model(base), str(adapters["one"]), adapter_name="one")
     model.load_adapter(str(adapters["two"]), adapter_name="two")
-    model.add_weighted_adapter(["one", "two"], weights, "both", combination_type="cat")
+    model.add_weighted_adapter(["one", "two"], weights, "both", combination_type=kind)
     model.set_adapter("both")
     return parameters_of(model.merge_and_unload(adapter_names=["both"]))
 
 
-def test_an_average_of_adapters_is_what_peft_calls_cat(
-    adapters: tuple[Path, dict[str, Path]],
+@pytest.mark.parametrize(("method", "kind"), [("average", "cat"), ("svd", "svd")])
+def test_a_merge_of_adapters_is_pefts(
+    adapters: tuple[Path, dict[str, Path]], method: Any, kind: str
 ) -> None:
     base, paths = adapters
     model = load_model(base)
     teachers = {name: whole(base, path) for name, path in paths.items()}
-    merge = Merge("average", {"one": 0.5, "two": 0.75})
+    # The adapters have rank 2 and 4; peft's svd keeps the larger one.
+    merge = Merge(method, {"one": 0.5, "two": 0.75}, rank=4)
     load_merged(model, merged(merge, parameters_of(load_model(base)), teachers))
-    expected = by_peft(base, paths, [0.5, 0.75])
+    expected = by_peft(base, paths, [0.5, 0.75], kind)
     found = parameters_of(model)
     assert found.keys() == expected.keys()
     changed = [

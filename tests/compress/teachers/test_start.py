@@ -55,7 +55,7 @@ def test_a_merge_as_a_student_is_the_merge_that_peft_makes(
     config = {"kind": "merge", "method": "average", "weights": {"one": 0.5, "two": 0.75}}
     made = student(tmp_path / "student", base, paths, config)
     found = parameters_of(load_model(made.path / "model"))
-    expected = by_peft(base, paths, [0.5, 0.75])
+    expected = by_peft(base, paths, [0.5, 0.75], "cat")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
