@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from export import export_student, verify_parity
+from export.check.verdict import TOLERANCES
 from export.heldout import heldout_nll, relative_rise
 from limbeck.app.run import bench_targets
 from limbeck.contract.artifact import Artifact, open_artifact
@@ -41,7 +42,6 @@ GGUFS = {
 RISES = {"int8-weight": 0.01, "int8-dynamic": 0.03, "int8-static": 0.03, "int4-weight": 0.06}
 GGUF_RISES = {"gguf-q8_0": 0.01, "gguf-q4_0": 0.1}
 COUNT = 12  # tokens of an answer
-TIE = 0.1  # logits of torch that are nearer than this
 
 pytestmark = [
     pytest.mark.slow,
@@ -165,7 +165,8 @@ def test_other_programs_answer_as_torch(exported: Artifact, program: str) -> Non
         if (at := first_difference(theirs, ours)) is not None:
             # Rounding to 8 bits depends on the rows beside, and may turn what is a tie for torch.
             logits_V = torch_logits(model, [*row, *ours[:at]])
-            assert abs(float(logits_V[theirs[at]] - logits_V[ours[at]])) < TIE
+            gap = abs(float(logits_V[theirs[at]] - logits_V[ours[at]]))
+            assert gap < TOLERANCES["int8-weight"].lead  # parity's own rule
 
 
 def first_difference(theirs: list[int], ours: list[int]) -> int | None:
