@@ -83,8 +83,8 @@ def log_ratio_to_mixture(terms: FusionTerms, valid_RL: Tensor) -> tuple[float, i
     that of the chunks between boundaries that all teachers share, with the weights at the chunk's
     beginning. Left out are labels that no teacher judges, and a chunk that begins in the prompt.
 
-    What is no UTF-8 is such text. So where the next text is UTF-8 with the probability Q under the
-    student and P under the teachers, the sample is one of KL(q | UTF-8 || p | UTF-8) + log Q / P.
+    Bytes that are no UTF-8 are left out as well. So if the next text is UTF-8 with probability Q
+    under the student and P under the teachers, this estimates KL(q | UTF-8 || p | UTF-8) + log Q/P.
     """
     logp_KRL, own_RL, start_RL = terms.label_logp_KRL, terms.own_logp_RL, valid_RL
     if (reach := terms.reach) is not None:
