@@ -32,7 +32,8 @@ from compress.models.language import (
 from compress.models.shrink import Importance, shrink
 from limbeck.contract.errors import ModelError
 from limbeck.contract.files import file_digest
-from limbeck.contract.models.loading import load_pretrained, require_finite, unused_pooler
+from limbeck.contract.models.encoders import load_encoder, read, require_padding_unread
+from limbeck.contract.models.loading import require_finite, unused_pooler
 from limbeck.contract.progress import say
 from limbeck.contract.recipe import (
     AnyEncoderSource,
@@ -119,7 +120,8 @@ def require_context(name: str, config: Any, tokens: int) -> None:
 
 def load_body(folder: Path) -> Any:
     """The encoder without a head, in fp32 and eval mode. Raises `ModelError`."""
-    return _load(AutoModel, folder, "an encoder", fresh=unused_pooler)
+    check_weights(folder)
+    return load_encoder(folder, task="embedding")
 
 
 def load_classifier(folder: Path, classes: Sequence[str] | None = None) -> Any:
@@ -127,11 +129,12 @@ def load_classifier(folder: Path, classes: Sequence[str] | None = None) -> Any:
 
     Raises `ModelError`.
     """
+    check_weights(folder)
     if classes is None:
-        return _load(AutoModelForSequenceClassification, folder, "a classifier")
+        return load_encoder(folder, task="classification")
     what = "an encoder with a classification head"
-    return _load(
-        AutoModelForSequenceClassification, folder, what, fresh=_of_a_head, **_labels(classes)
+    return load_encoder(
+        folder, task="classification", what=what, fresh=_of_a_head, **_labels(classes)
     )
 
 
@@ -174,25 +177,19 @@ def build_student(
                 )
                 body.config.pad_token_id = tokenizer.pad_token_id
                 model = body if classes is None else _with_head(body, classes)
+    require_padding_unread(model.eval(), where="the student")
     return model.requires_grad_(True), importance, kept
 
 
 def pooled(model: Any, ids_RL: Tensor, mask_RL: Tensor, *, pooling: str = "mean") -> Tensor:
     """Unit vectors ``[R, d]`` in fp32: masked mean of token states, or the first one (`cls`)."""
-    states_RLd = model(input_ids=ids_RL, attention_mask=mask_RL).last_hidden_state.float()
+    states_RLd = read(model, ids_RL, mask_RL).last_hidden_state.float()
     if pooling == "cls":
         vectors_Rd = states_RLd[:, 0]
     else:
         weight_RL1 = mask_RL[..., None].float()
         vectors_Rd = (states_RLd * weight_RL1).sum(1) / weight_RL1.sum(1).clamp(min=1e-9)
     return torch.nn.functional.normalize(vectors_Rd, dim=-1)
-
-
-def _load(auto: Any, folder: Path, what: str, **options: Any) -> Any:
-    check_weights(folder)
-    model = load_pretrained(auto, folder, what=what, dtype=torch.float32, **options)
-    model.requires_grad_(False)
-    return model.eval()
 
 
 def _of_a_head(model: Any, name: str) -> bool:

@@ -21,6 +21,7 @@ from compress.states import TeacherStates
 from compress.tasks.encoder import Answers, EncoderStudent, EncoderTask, Model, Terms
 from limbeck.contract.data.examples import accuracy, macro_f1
 from limbeck.contract.errors import ModelError
+from limbeck.contract.models.encoders import read
 from limbeck.contract.recipe import (
     Calibration,
     ClassFusion,
@@ -59,7 +60,7 @@ class ClassificationTask(EncoderTask):
     @staticmethod
     def answer(model: Any, ids_RL: Tensor, mask_RL: Tensor) -> Answers:
         """Return logits ``[R, C]``."""
-        logits: Tensor = model(input_ids=ids_RL, attention_mask=mask_RL).logits.float()
+        logits: Tensor = read(model, ids_RL, mask_RL).logits.float()
         return logits
 
     def load(self, folder: Path) -> Any:
@@ -76,7 +77,7 @@ class ClassificationTask(EncoderTask):
                 f"classes are {', '.join(self.classes)}, in this order. Name them alike in "
                 "data.classes, or set id2label in the teacher's config.json."
             )
-        return lambda ids, mask: loaded(input_ids=ids, attention_mask=mask).logits
+        return lambda ids, mask: read(loaded, ids, mask).logits
 
     def terms(
         self, student: EncoderStudent, answers: Answers, mine: Tensor, rows: Tensor, progress: float

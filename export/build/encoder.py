@@ -22,7 +22,7 @@ from export.build.backend import Built
 from export.build.dynamo import split_gemm
 from export.build.exporter import save_onnx
 from export.graphs import Graphs, relocate, stamp
-from limbeck.contract.models.loading import load_pretrained, unused_pooler
+from limbeck.contract.models.encoders import load_encoder, read
 from limbeck.contract.recipe import StaticShapes
 from limbeck.contract.sources.models import context_in
 
@@ -40,7 +40,7 @@ class Classifier(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
         """Logits ``[B, C]``."""
-        return (self.model(input_ids=input_ids, attention_mask=attention_mask).logits,)
+        return (read(self.model, input_ids, attention_mask).logits,)
 
 
 class SentenceEncoder(torch.nn.Module):
@@ -56,7 +56,7 @@ class SentenceEncoder(torch.nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States ``[B, L, d]`` and unit vectors ``[B, d]``."""
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = read(self.model, input_ids, attention_mask).last_hidden_state
         weight = attention_mask[..., None].to(states.dtype)
         mean = (states * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
         return states, torch.nn.functional.normalize(mean, dim=-1)
@@ -64,16 +64,8 @@ class SentenceEncoder(torch.nn.Module):
 
 def load_student(model: Path, *, task: str) -> Classifier | SentenceEncoder:
     """The transformers folder ``model`` in eager fp32, as what the graph is to compute."""
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if task == "classification":
-        loaded = load_pretrained(
-            AutoModelForSequenceClassification, model, what="a classifier", **options
-        )
-        return Classifier(loaded).eval()
-    loaded = load_pretrained(AutoModel, model, what="an encoder", fresh=unused_pooler, **options)
-    return SentenceEncoder(loaded).eval()
+    loaded = load_encoder(model, task=task, attn_implementation="eager")
+    return (Classifier if task == "classification" else SentenceEncoder)(loaded).eval()
 
 
 def build_fp32(

@@ -15,7 +15,7 @@ import numpy as np
 
 from limbeck.contract.data.arrays import Ids, Logits
 from limbeck.contract.data.examples import load_examples
-from limbeck.contract.models.loading import load_pretrained, unused_pooler
+from limbeck.contract.models.encoders import load_encoder, read
 from serve_bench.worker.process import peak_rss
 from serve_bench.worker.runtimes import prepare
 
@@ -36,15 +36,10 @@ class TorchEncoder:
 
     def __init__(self, *, model: str, task: str, pooling: str, threads: int) -> None:
         import torch
-        from transformers import AutoModel, AutoModelForSequenceClassification
 
         torch.set_num_threads(threads)
-        kind = AutoModelForSequenceClassification if task == "classification" else AutoModel
-        what, fresh = (
-            ("a classifier", None) if task == "classification" else ("an encoder", unused_pooler)
-        )
-        loaded = load_pretrained(kind, model, what=what, fresh=fresh, dtype=torch.float32)
-        self._torch, self._model = torch, loaded.eval().requires_grad_(False)
+        loaded = load_encoder(model, task=task)
+        self._torch, self._model = torch, loaded
         self._task, self._pooling = task, pooling
         self.facts = {
             "context": getattr(loaded.config, "max_position_embeddings", None),
@@ -58,7 +53,7 @@ class TorchEncoder:
         torch = self._torch
         with torch.inference_mode():
             kept = torch.from_numpy(mask)
-            output = self._model(input_ids=torch.from_numpy(ids), attention_mask=kept)
+            output = read(self._model, torch.from_numpy(ids), kept)
             if self._task == "classification":
                 found = output.logits
             else:

@@ -10,13 +10,17 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+import compress
+import export
 from compress.models.encoders import load_body, load_classifier, pooled
 from compress.models.language import random_config
+from limbeck.contract.data.examples import EXAMPLES, load_examples
 from limbeck.contract.errors import ModelError
 from limbeck.contract.recipe import AnyRecipe
 from limbeck.contract.sources.encoders import require_pooling
 from limbeck.contract.sources.preflight import preflight
-from tests.encoders import CONFIGS, classifier_recipe, embedding_recipe, source
+from limbeck.runtime.encoder import Encoder
+from tests.encoders import CONFIGS, QUICK, classifier_recipe, embedding_recipe, source
 from tests.pico import make_tokenizer
 
 MODES = ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
@@ -148,3 +152,97 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path: Path, kind: str) ->
     assert preflight(classifier_recipe(student=student)) == []
     made = load_classifier(folder, classes=["no", "yes"])
     assert made.config.problem_type is None
+
+
+# Decoders take the state of a text's last token, which they find by the id of their padding.
+_DECODER: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 256}
+
+
+def _classifier(folder: Path, kind: str, pad: int | None, **fields: Any) -> Path:
+    two = {"id2label": {0: "code", 1: "prose"}, "pad_token_id": pad, "model_type": kind}
+    wide = {"initializer_range": 0.2, "num_labels": 2}
+    return encoder(folder, AutoModelForSequenceClassification, **two, **wide, **fields)
+
+
+@torch.inference_mode()
+def _alone(folder: Path, student: Path) -> tuple[list[Any], list[int], torch.Tensor]:
+    """Held-out rows of a student, their classes, and what transformers says of each by itself."""
+    held = load_examples(student / EXAMPLES)
+    rows = [
+        torch.from_numpy(r[:n]).long() for r, n in zip(held.input_ids, held.lengths, strict=True)
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    return (
+        rows,
+        held.groups.tolist(),
+        torch.cat([model(input_ids=row[None]).logits for row in rows]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "pad", "fields"),
+    [
+        ("qwen3", 5, _DECODER),  # its tokenizer pads with 257
+        pytest.param("gpt2", 7, {"n_embd": 64, "n_head": 4, "n_layer": 2}, marks=pytest.mark.slow),
+        pytest.param("modernbert-decoder", 9, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_texts_of_a_batch_are_answered_as_alone(
+    tmp_path: Path, kind: str, pad: int, fields: dict[str, Any]
+) -> None:
+    """By teacher, student and graph, whatever the tokenizer pads with."""
+    folder = _classifier(tmp_path / "model", kind, pad, **fields)
+    model = {"kind": "local", "path": str(folder)}
+    classes = []
+    for at, name in enumerate(("code", "prose")):
+        lines = [json.dumps({"text": chr(97 + at) * n}) for n in range(2, 32)]
+        (tmp_path / name).write_text("\n".join(lines))
+        files = {"paths": [str(tmp_path / name)], "format": {"kind": "jsonl", "field": "text"}}
+        classes.append({"name": name, "text": {"kind": "files"} | files})
+    recipe = classifier_recipe(
+        data={"classes": classes, "max_tokens": 40, "heldout": {"every": 3}},
+        teachers=[{"name": "a", "model": model}],
+        student={"kind": "full", "base": model},
+        training=QUICK["training"] | {"examples": 16},
+        export={"forms": ["fp32"]},
+    )
+    student = compress.distill(recipe=recipe, out=tmp_path / "student")
+    for at, found in (
+        (folder, student.result["teachers"]["a"]["metrics"]),
+        (student.path / "model", student.result["metrics"]),
+    ):
+        rows, classes, right = _alone(at, student.path)
+        nll = torch.nn.functional.cross_entropy(right.double(), torch.tensor(classes))
+        assert found["nll"] == pytest.approx(float(nll), abs=1e-4)
+    export.export_student(student=student.path, out=tmp_path / "onnx", recipe=recipe)
+    graph = Encoder(tmp_path / "onnx")
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=3)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    answers = torch.from_numpy(graph.run(ids.numpy(), mask.numpy()))
+    torch.testing.assert_close(answers, right, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pad", "fields", "says"),
+    [
+        ("qwen3", None, _DECODER, "cannot answer a test batch.*Set pad_token_id in its config"),
+        ("qwen3", -1, _DECODER, "answers a text otherwise when it is padded.*Set pad_token_id"),
+        ("fnet", 257, {}, "FNetForSequenceClassification answers a text otherwise.*another enc"),
+        ("convbert", 257, {"embedding_size": 64}, "ConvBertForSequenceClassification answers a t"),
+    ],
+)
+def test_an_encoder_whose_answers_depend_on_padding_is_refused(
+    tmp_path: Path, kind: str, pad: int | None, fields: dict[str, Any], says: str
+) -> None:
+    folder = _classifier(tmp_path / "model", kind, 257, **fields)
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": pad}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    ids = torch.tensor([[8, 9, 10, 11, 12, 13], [8, 9, 10, 257, 257, 257]])
+    try:  # transformers itself gives another answer, or none
+        beside = model(input_ids=ids, attention_mask=(ids != 257).long()).logits[1]
+        assert not torch.allclose(beside, model(input_ids=ids[1:, :3]).logits[0], atol=1e-3)
+    except ValueError:
+        assert pad is None
+    with pytest.raises(ModelError, match=says):
+        load_classifier(folder)
