@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class Log:
 def require_trackers(wanted: Sequence[str], work: Path) -> None:
     """Let the trackers write to ``work`` and to no other machine, unless the user chose otherwise.
 
-    Raises `EnvironmentalError` for one whose package is not installed.
+    Raises `EnvironmentalError` for one whose package is not installed or writes elsewhere.
     """
     missing = sorted(set(wanted) - {str(name) for name in get_available_trackers()})
     if missing:
@@ -146,8 +147,14 @@ def require_trackers(wanted: Sequence[str], work: Path) -> None:
     }
     for name, value in chosen.items():
         # Keep what the user has set, but not the folder of an earlier training in this process.
-        if os.environ.get(name) == _chosen.get(name):
+        if os.environ.get(name) in (None, _chosen.get(name)):
             os.environ[name] = _chosen[name] = value
+    trackio = sys.modules.get("trackio.utils") if "trackio" in wanted else None
+    if trackio and Path(os.environ["TRACKIO_DIR"]) != trackio.TRACKIO_DIR:
+        raise EnvironmentalError(
+            f"training.trackers: trackio was imported before and writes to {trackio.TRACKIO_DIR} "
+            "for as long as this process lives; train in another process."
+        )
 
 
 def _flat(figures: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:

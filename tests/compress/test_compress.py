@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress import checkpoint
 from compress import loop as train
 from compress.models.body import Body
 from compress.models.language import load_model
@@ -26,7 +25,6 @@ from limbeck.contract.artifact import open_artifact
 from limbeck.contract.data.heldout import load_heldout
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.recipe import Recipe, parse_recipe
-from limbeck.contract.sources.preflight import preflight
 
 TINY = {
     "model_type": "llama",
@@ -474,29 +472,3 @@ def test_learning_rate_warms_up_and_decays() -> None:
         )
         == 1
     )
-
-
-# Trackers ----------------------------------------------------------------------------------------
-
-
-def test_trackers_get_the_numbers_of_the_log(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX")
-    recipe = tiny(tmp_path, training={"tokens": 128, "trackers": ["tensorboard"]})
-    plain = tiny(tmp_path, training={"tokens": 128})
-    assert recipe.distillation() == plain.distillation()  # what is logged trains nothing again
-    student = compress.distill(recipe=recipe, out=tmp_path / "student").path
-    (file,) = (student / "trackers").rglob("events*")
-    assert b"step/loss" in file.read_bytes()
-    assert b"evaluate/nll/" in file.read_bytes()
-
-
-def test_a_tracker_that_is_not_installed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "get_available_trackers", list)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    recipe = tiny(tmp_path, training={"trackers": ["wandb"]})
-    (mistake,) = preflight(recipe)
-    assert mistake == "training.trackers: wandb is not installed here; run: pip install wandb"
-    with pytest.raises(EnvironmentalError, match="trackers: wandb cannot be imported here; run"):
-        compress.distill(recipe=recipe, out=tmp_path / "student")
