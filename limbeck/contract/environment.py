@@ -35,6 +35,7 @@ _NO_TELEMETRY = {
 _FOLDERS = {
     "TORCHINDUCTOR_CACHE_DIR": "torch",
     "MPLCONFIGDIR": "matplotlib",
+    "WANDB_CACHE_DIR": "wandb",  # logs of its own process
     "HF_XET_CACHE": "hub/xet",  # chunks and logs of the hub's transfers
 }
 # Each of these sets how OpenMP threads wait. A user's own setting is kept.
