@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.contract import progress
 from tests.faults.killing.disks import resize, small_disk, used
 
 _EVENTS = {
@@ -93,12 +94,16 @@ def kill_everywhere(
     events = record(case.work, clean)
     expected, listed = case.outcome(clean), listing(clean)
     kills, seen = 0, set[str]()
+    chosen = list(enumerate(events))[first:last:step]
+    # A line of text, not a bar: a bar has a thread, and this process forks.
+    done = progress.Task(f"{case.name}, kills", len(signals) * len(chosen))
     for number in signals:
-        for at, event in list(enumerate(events))[first:last:step]:
+        for at, event in chosen:
             folder = _fresh(case, root / "killed")
             where = f"{case.name}: signal {number} at event {at} of {len(events)}, {event}"
             stop_at(case.work, folder, at, number=number)
             kills += 1
+            done.advance()
             try:
                 case.look(folder)
             except Exception as error:
