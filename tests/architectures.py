@@ -313,6 +313,9 @@ Encoders, through torch's exporter, distilled from two teachers of the architect
 trained (`full`), and cut in layers, neurons, heads and width (`shrink`); LoRA is for language
 models.
 Parity with torch holds for a ragged batch, padding, one token and the longest text.
+Of random weights, fp32 graphs of ALBERT, CamemBERT, DeBERTa-v2, ELECTRA, ERNIE, Llama, ModernBERT,
+MPNet, Nomic BERT, Qwen 3, RemBERT and XLM-RoBERTa equal torch's too. `validate` tries the graph of
+any other encoder student on a small random model, and refuses one that differs.
 
 | model type | task | class | weights | full student | shrunk student |
 |---|---|---|---|---|---|

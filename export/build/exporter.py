@@ -53,9 +53,10 @@ def save_onnx(
     except OSError:
         raise  # the disk, not the architecture
     except Exception as error:  # torch.export and the exporter raise errors of many families
+        says = " ".join(str(error).partition("\x1b")[0].split())  # then come colours and advice
         raise ModelError(
             f"{source}: torch.onnx.export cannot export {type(module.model).__name__} "
-            f"({type(error).__name__}: {str(error)[:300]}). "
+            f"({type(error).__name__}: {says[:300]}). "
             "Use a student of an architecture of docs/architectures.md."
         ) from error
 

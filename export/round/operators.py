@@ -200,6 +200,9 @@ def _embedding(
     codes, scales = matrix.names("codes", "scales_3d")
     padded = math.ceil(matrix.width / how.block) * how.block
     stem = f"limbeck/embedding/{node.output[0]}"
+    read = (v for v in graph.value_info if v.name == node.output[0])
+    # Token ids have rows and columns; positions that every row shares may be one row.
+    ids = next((len(v.type.tensor_type.shape.dim) - 1 for v in read), 2)
 
     def constant(name: str, values: list[int]) -> str:
         tensor = numpy_helper.from_array(np.asarray(values, np.int64), f"{stem}/{name}")
@@ -220,7 +223,7 @@ def _embedding(
         ),
         helper.make_node(
             "Reshape",
-            [f"{stem}/blocks", constant("keep_rank", [0, 0, -1])],
+            [f"{stem}/blocks", constant("keep_rank", [0] * ids + [-1])],
             [f"{stem}/whole" if padded > matrix.width else node.output[0]],
             name=f"{stem}/Reshape",
         ),

@@ -134,8 +134,9 @@ def mistakes(
 def _export_mistakes(recipe: AnyRecipe) -> list[str]:
     """What the export would refuse after training: from the configuration of student or base."""
     from export.build.choice import choose_backend
+    from export.check.trial import require_encoder_graph
 
-    if not recipe.builder_options:
+    if isinstance(recipe.base, RecipeModel | OnnxModel):
         return []
     student, base = recipe.student, cast(BaseSource, recipe.base)
     where = "student.config" if isinstance(student, FreshStudent) else "student.base"
@@ -148,7 +149,10 @@ def _export_mistakes(recipe: AnyRecipe) -> list[str]:
     except UserError:  # preflight has named it
         return []
     try:
-        if config is not None:
+        if config is not None and recipe.task != "causal-lm":
+            opset, shapes = recipe.export.opset, recipe.export.shapes
+            require_encoder_graph(config, task=recipe.task, opset=opset, shapes=shapes)
+        elif config is not None:
             choose_backend(config, **recipe.builder_options)
             if recipe.export.ggufs:
                 from export.gguf.architecture import architecture, whole_config  # needs numpy

@@ -20,7 +20,7 @@ from limbeck.contract.errors import ArtifactError, DataError, ParityError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.encoder import Encoder
 from serve_bench.tasks.exports import time_encoders
-from tests.encoders import SMALL, classifier_recipe, make_examples
+from tests.encoders import CONFIGS, SMALL, classifier_recipe, make_examples
 from tests.factory import Factory
 
 FORMS = ("fp32", "int8-weight", "int8-static", "int8-dynamic")
@@ -40,6 +40,18 @@ def exported(request: pytest.FixtureRequest, tiny: Factory) -> Exported:
     task = str(request.param)
     made = tiny.exported_encoder("bert", task, forms=SMALL)
     return Exported(task, made.path.parent / "student", made)
+
+
+@pytest.mark.parametrize(
+    "form", ["int8-weight", pytest.param("int8-static", marks=pytest.mark.slow)]
+)
+def test_positions_that_all_rows_share_are_rounded(
+    tiny: Factory, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """RoFormer looks its table of positions up once for all rows."""
+    monkeypatch.setitem(CONFIGS, "roformer", CONFIGS["bert"])
+    made = tiny.exported_encoder("roformer", "embedding", forms=["fp32", form])
+    assert made.result["forms"][form]["parity"]["failures"] == []  # against torch
 
 
 def test_every_form_of_a_tiny_bert(exported: Exported) -> None:
