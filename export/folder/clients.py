@@ -186,3 +186,9 @@ def write_sentence_transformers(folder: Path, *, width: int) -> None:
         "pooling_mode_cls_token": False,
     }
     _write(folder / "1_Pooling" / "config.json", pooling)
+
+
+def pad_on_the_right(folder: Path) -> None:
+    """Let clients pad as an encoder's graph expects: most count positions from the left."""
+    path = folder / "tokenizer_config.json"
+    _write(path, json.loads(path.read_text("utf-8")) | {"padding_side": "right"})

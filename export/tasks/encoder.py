@@ -12,7 +12,7 @@ from export.build.encoder import build_fp32
 from export.check.encoder import Cases, make_cases, measure_encoder_parity
 from export.check.parity import PARITY, load_arrays, require_parity, save_arrays
 from export.folder.card import Card, in_torch, markdown_table, plain
-from export.folder.clients import write_sentence_transformers
+from export.folder.clients import pad_on_the_right, write_sentence_transformers
 from export.graphs import Graphs, form_files
 from export.round.scheme import Scheme, encoder_scheme
 from export.tasks.base import AnyForm, Calibrate, Checked
@@ -91,6 +91,7 @@ class Encoder:
 
     def finish(self, result: OnnxResult, built: Built, scheme: Scheme | None) -> OnnxResult:
         """The classes; a sentence encoder's folder also gets sentence-transformers' files."""
+        pad_on_the_right(self.folder)
         if self.task == "embedding":
             write_sentence_transformers(self.folder, width=built.width)
         classes = self.student.result["classes"]

@@ -18,6 +18,7 @@ from limbeck.contract.data.arrays import Ids, token_rows
 from limbeck.contract.errors import ArtifactError, DataError
 from limbeck.contract.machine import available_cores
 from limbeck.contract.models.tokens import text_errors
+from limbeck.contract.sources.places import read_object
 from limbeck.runtime.session import open_session
 from limbeck.runtime.text import load_text, well_formed
 
@@ -109,6 +110,7 @@ class Encoder(GraphEncoder):
         self.classes: list[str] = result["classes"] or []
         self._folder = folder
         self._tokenizer: Any = None
+        self._cut = "right"
 
     def encode(self, texts: Sequence[str], *, max_tokens: int | None = None) -> Answers:
         """As `run`, for texts; each is cut to ``max_tokens``, by default the model's context."""
@@ -116,8 +118,10 @@ class Encoder(GraphEncoder):
             raise DataError("found no texts, expected at least one.")
         if self._tokenizer is None:
             self._tokenizer = load_text(self._folder).tokenizer
+            config = read_object(self._folder / "tokenizer_config.json")
+            self._cut = str(config.get("truncation_side") or "right")  # as in training
         tokenizer = self._tokenizer
-        tokenizer.enable_truncation(max_tokens or self.context or _CONTEXT)
+        tokenizer.enable_truncation(max_tokens or self.context or _CONTEXT, direction=self._cut)
         with text_errors():
             encodings = tokenizer.encode_batch(list(map(well_formed, texts)))
         rows = [encoding.ids for encoding in encodings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import export
+from compress.models.language import byte_tokenizer
 from export.build.encoder import load_student
 from export.check.encoder import measure_encoder_parity
 from export.check.parity import PARITY, load_arrays, require_parity
@@ -20,7 +23,7 @@ from limbeck.contract.errors import ArtifactError, DataError, ParityError
 from limbeck.runtime.decoder import Decoder
 from limbeck.runtime.encoder import Encoder
 from serve_bench.tasks.exports import time_encoders
-from tests.encoders import CONFIGS, SMALL, classifier_recipe, make_examples
+from tests.encoders import CONFIGS, SMALL, classifier_recipe, make_encoder_student, make_examples
 from tests.factory import Factory
 
 FORMS = ("fp32", "int8-weight", "int8-static", "int8-dynamic")
@@ -95,6 +98,32 @@ def test_folders_and_forms_that_are_no_encoder(exported: Exported, tiny: Factory
         Decoder(exported.onnx.path)
     with pytest.raises(ArtifactError, match=r"holds a language model; use .*decoder\.Decoder"):
         Encoder(tiny.exported().path)
+
+
+def test_texts_are_cut_where_the_tokenizer_says_and_padded_on_the_right(
+    tiny: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' tokenizer and model, one text at a time, say what is right."""
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.truncation_side = tokenizer.padding_side = "left"
+    monkeypatch.setattr("compress.models.language.byte_tokenizer", lambda: tokenizer)
+    make_encoder_student(tmp_path / "student", "bert", task="classification")
+    model = tmp_path / "student" / "model"
+    recipe = classifier_recipe(export={"forms": ["fp32"]})
+    with tiny.traced_once():
+        made = export.export_student(student=model.parent, out=tmp_path / "onnx", recipe=recipe)
+    texts = ["the end of this text is all that is read", "short", "and of this one too"]
+    encoder, torchs = Encoder(made.path), AutoModelForSequenceClassification.from_pretrained(model)
+    own, exported = (AutoTokenizer.from_pretrained(p) for p in (model, made.path))
+    cut = {"truncation": True, "max_length": 8}
+    with torch.no_grad():
+        alone = [torchs.eval()(**own(t, return_tensors="pt", **cut)).logits[0] for t in texts]
+    right = torch.stack(alone).numpy()
+    np.testing.assert_allclose(encoder.encode(texts, max_tokens=8), right, rtol=1e-3, atol=1e-4)
+    batch = exported(texts, padding=True, return_tensors="np", **cut)
+    assert batch["attention_mask"][1].tolist()[-1] == 0
+    found = encoder.run(batch["input_ids"], batch["attention_mask"])
+    np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-4)
 
 
 def test_texts_go_in(exported: Exported) -> None:
