@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +103,9 @@ def test_texts_are_cut_where_the_tokenizer_says_and_padded_on_the_right(
     tiny: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers' tokenizer and model, one text at a time, say what is right."""
-    tokenizer = copy.deepcopy(byte_tokenizer())
-    tokenizer.truncation_side = tokenizer.padding_side = "left"
+    byte_tokenizer().save_pretrained(tmp_path)
+    sides = {"truncation_side": "left", "padding_side": "left"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, **sides)
     monkeypatch.setattr("compress.models.language.byte_tokenizer", lambda: tokenizer)
     make_encoder_student(tmp_path / "student", "bert", task="classification")
     model = tmp_path / "student" / "model"
@@ -115,6 +115,7 @@ def test_texts_are_cut_where_the_tokenizer_says_and_padded_on_the_right(
     texts = ["the end of this text is all that is read", "short", "and of this one too"]
     encoder, torchs = Encoder(made.path), AutoModelForSequenceClassification.from_pretrained(model)
     own, exported = (AutoTokenizer.from_pretrained(p) for p in (model, made.path))
+    assert own.truncation_side == own.padding_side == "left"
     cut = {"truncation": True, "max_length": 8}
     with torch.no_grad():
         alone = [torchs.eval()(**own(t, return_tensors="pt", **cut)).logits[0] for t in texts]
