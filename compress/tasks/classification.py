@@ -20,7 +20,6 @@ from compress.models.encoders import class_names, load_classifier
 from compress.states import TeacherStates
 from compress.tasks.encoder import Answers, EncoderStudent, EncoderTask, Model, Terms
 from limbeck.contract.data.examples import accuracy, macro_f1
-from limbeck.contract.errors import ModelError
 from limbeck.contract.models.encoders import read
 from limbeck.contract.recipe import (
     Calibration,
@@ -30,7 +29,7 @@ from limbeck.contract.recipe import (
     FittedCalibration,
     FixedCalibration,
 )
-from limbeck.contract.sources.encoders import require_one_label
+from limbeck.contract.sources.encoders import require_classes, require_one_label
 
 
 class ClassificationTask(EncoderTask):
@@ -70,13 +69,8 @@ class ClassificationTask(EncoderTask):
         """Raises `ModelError` for other classes than the recipe's, or another order."""
         require_one_label(folder)
         loaded = load_classifier(folder).to(self.device)
-        found = class_names(loaded)
-        if found != self.classes:
-            raise ModelError(
-                f"{folder}: teacher {teacher.name} tells apart {', '.join(found)}; the recipe's "
-                f"classes are {', '.join(self.classes)}, in this order. Name them alike in "
-                "data.classes, or set id2label in the teacher's config.json."
-            )
+        who = f"{folder}: teacher {teacher.name}"
+        require_classes(class_names(loaded), self.classes, who=who)
         return lambda ids, mask: read(loaded, ids, mask).logits
 
     def terms(

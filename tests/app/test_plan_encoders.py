@@ -188,7 +188,7 @@ def test_plan_of_a_classifier_from_teachers_that_are_made_first(tmp_path: Path) 
     )
     teachers = [
         {"name": "a", "model": {"kind": "recipe", "recipe": "a.yaml"}},
-        {"name": "b", "model": source("distilbert")},
+        {"name": "b", "model": source("distilbert", id2label={"0": "code", "1": "prose"})},
     ]
     student = {"kind": "shrink", "base": source(), "layers": 1}
     child = write(tmp_path / "child.yaml", classifier_recipe(), teachers=teachers, student=student)

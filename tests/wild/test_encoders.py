@@ -154,6 +154,36 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path: Path, kind: str) ->
     assert made.config.problem_type is None
 
 
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (["code", "prose"], None),
+        (["prose", "code"], "prose, code"),
+        (None, "LABEL_0, LABEL_1"),  # as transformers names them
+        (["a", "b", "c"], "a, b, c"),
+    ],
+)
+def test_a_teacher_of_other_classes_is_refused_before_a_run(
+    tmp_path: Path, labels: list[str] | None, found: str | None
+) -> None:
+    named = {"id2label": dict(enumerate(labels))} if labels else {}
+    folder = encoder(tmp_path / "model", AutoModelForSequenceClassification, **named)
+    told = AutoModelForSequenceClassification.from_pretrained(folder).config.id2label
+    assert list(told.values()) == (labels or ["LABEL_0", "LABEL_1"])
+    for model, none in (
+        ({"kind": "local", "path": str(folder)}, found),
+        (
+            source(**{k: {str(i): n for i, n in v.items()} for k, v in named.items()}),
+            found and (found if labels else "nothing"),
+        ),
+    ):
+        mistakes = preflight(classifier_recipe(teachers=[{"name": "a", "model": model}]))
+        assert len(mistakes) == (none is not None)
+        assert all(
+            f"tells apart {none}; the recipe's classes are code, prose" in m for m in mistakes
+        )
+
+
 # Decoders take the state of a text's last token, which they find by the id of their padding.
 _DECODER: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 256}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,28 @@ def require_one_label(folder: Path) -> None:
             "reads the answers of a classifier as shares of one. Name a classifier of single "
             "labels."
         )
+
+
+def require_classes(found: Sequence[str], classes: Sequence[str], *, who: str) -> None:
+    """Raise `ModelError` unless a classifier's classes ``found`` are the recipe's, in its order."""
+    if list(found) != list(classes):
+        raise ModelError(
+            f"{who} tells apart {', '.join(found) or 'nothing'}; the recipe's classes are "
+            f"{', '.join(classes)}, in this order. Name them alike in data.classes, or set "
+            "id2label in the teacher's configuration."
+        )
+
+
+def stated_classes(config: Mapping[str, Any], *, head: bool) -> list[str]:
+    """Classes that a classifier's configuration names, or as transformers names them.
+
+    None of one without a ``head``, unless they are named.
+    """
+    named = config.get("id2label")
+    if isinstance(named, dict) and all(str(key).isdecimal() for key in named):
+        return [str(named[key]) for key in sorted(named, key=int)]
+    count = config.get("num_labels", 2 if head else 0)
+    return [f"LABEL_{index}" for index in range(count if isinstance(count, int) else 0)]
 
 
 def require_pooling(folder: Path, teacher: EmbeddingTeacher) -> None:

@@ -24,7 +24,12 @@ from limbeck.contract.recipe import (
     ServerModel,
     find_recipe,
 )
-from limbeck.contract.sources.encoders import require_one_label, require_pooling
+from limbeck.contract.sources.encoders import (
+    require_classes,
+    require_one_label,
+    require_pooling,
+    stated_classes,
+)
 from limbeck.contract.sources.hub import cached_config
 from limbeck.contract.sources.models import (
     model_path,
@@ -96,6 +101,8 @@ def _require_task(recipe: AnyRecipe, where: str, folder: Path) -> None:
         return  # of an encoder's base only the body is read
     elif recipe.task == "classification":
         require_one_label(folder)
+        found = stated_classes(read_object(folder / "config.json"), head=True)
+        require_classes(found, [name for _, name, _ in recipe.groups()], who=f"{folder}: it")
     else:
         teacher = recipe.teachers[int(where.partition(".")[2])]
         assert isinstance(teacher, EmbeddingTeacher)
@@ -119,6 +126,10 @@ def model_mistakes(recipe: AnyRecipe) -> Iterator[str]:
             if isinstance(source, RandomModel):
                 own = where.startswith("student.")
                 require_reads(source.config, block=recipe.block, exported=own)
+                if recipe.task == "classification" and not own:
+                    found = stated_classes(source.config, head=False)
+                    classes = [name for _, name, _ in recipe.groups()]
+                    require_classes(found, classes, who="a random model of this config")
             elif isinstance(source, RecipeModel):
                 find_recipe(source.recipe, folder=recipe.folder)
             elif isinstance(source, ServerModel):
