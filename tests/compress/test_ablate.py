@@ -257,6 +257,38 @@ def test_starts_that_an_arm_cannot_have(tmp_path: Path, arm: str, message: str) 
         ablate.ablate(recipe=recipe, products={}, out=tmp_path / "a", arms=[arm])
 
 
+@pytest.mark.parametrize("kind", ["fresh", "lora"])
+def test_the_default_arms_are_those_that_the_student_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Each of them by name is taken; of a fresh student, each arm that is left out is refused."""
+
+    class Seen(Exception):
+        """Carries the arms before the first is trained."""
+
+    def seen(arms: list[str]) -> None:
+        raise Seen(arms)
+
+    fresh = {"student": {"kind": "fresh", "config": TINY}} if kind == "fresh" else {}
+    recipe = parse_recipe(tiny(tmp_path).resolved() | fresh)
+    monkeypatch.setattr(ablate, "_Estimate", seen)
+
+    def arms_of(asked: list[str] | None) -> list[str]:
+        with pytest.raises(Seen) as found:
+            ablate.ablate(recipe=recipe, products={}, out=tmp_path / "a", arms=asked, seeds=1)
+        return list(found.value.args[0])
+
+    by_default = arms_of(None)
+    assert "recipe" in by_default
+    for arm in ablate.DESIGNS["causal-lm"].arms:
+        if arm in by_default:
+            assert arm in arms_of([arm])
+        else:
+            with pytest.raises(RecipeError, match="a merge starts from the student's base"):
+                arms_of([arm])
+    assert any(arm.startswith("merge-") for arm in by_default) == (kind == "lora")
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such arm; known: ce-only, best-single"):
         ablate.ablate(recipe=tiny(tmp_path), products={}, out=tmp_path / "a", arms=["nothing"])
