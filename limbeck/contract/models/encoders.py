@@ -14,8 +14,10 @@ from limbeck.contract.errors import ModelError
 from limbeck.contract.models.loading import Fresh, load_pretrained, unused_pooler
 from limbeck.contract.models.probe import difference, probe_ids
 
-# Share of the largest number of an answer by which padding may change it in fp32.
-_TOLERANCE = 1e-4
+# Share of the largest number of an answer by which padding may change it in fp32. Sums in another
+# order change 2e-7 of MiniLM's states, and 3e-6 of the small logits of its fresh head. Models that
+# read their padding differ by 0.2 and more.
+_TOLERANCE = 1e-3
 
 
 def load_encoder(
