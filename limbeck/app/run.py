@@ -281,7 +281,7 @@ def cache(recipe: AnyRecipe, *, ray: str | None, workers: int, to: str | None = 
     if to is not None:
         tree = recipe.resolved()
         tree["training"]["teacher_cache"]["store"] = to
-        made = parse_any_recipe(tree, where=f"--to {to}")
+        made = parse_any_recipe(tree, where="--to")
         made._folder, recipe = recipe.folder, cast(Recipe, made)
     teachers = make_products(recipe, require_inputs(recipe, timed=False))
     shards = compress.fill_cache(recipe=recipe, products=teachers, ray=ray, workers=workers)

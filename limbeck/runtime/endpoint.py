@@ -18,7 +18,7 @@ import httpx2
 
 from limbeck.contract.errors import EnvironmentalError
 from limbeck.contract.files import parse_json
-from limbeck.contract.recipe.base import mistake_of_address
+from limbeck.contract.recipe.base import mistake_of_address, without_password
 
 CONNECT = 10.0  # seconds to reach a server
 _LISTING = 30.0  # seconds for the whole list of models
@@ -56,7 +56,7 @@ class Endpoint:
 def require_address(url: str) -> None:
     """Raise `EnvironmentalError` when ``url`` cannot be the address of a server."""
     if mistake := mistake_of_address(url):
-        raise EnvironmentalError(f"{url}: {mistake}; correct the address.")
+        raise EnvironmentalError(f"{without_password(url)}: {mistake}; correct the address.")
 
 
 def find_endpoint(

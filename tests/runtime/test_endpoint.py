@@ -138,6 +138,34 @@ def test_what_is_no_address_is_refused(url: str) -> None:
             parse_recipe(pico_recipe().resolved() | change)
 
 
+SECRET = ["http://me:s3cr3t@host", "https://s3cr3t@host/v1", "http://me:s3cr3t/x@host",
+          "http://me:x#s3cr3t@host", "http://host?key=s3cr3t", "http://host#s3cr3t"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", SECRET)
+def test_an_address_that_would_show_a_secret_is_refused(url: str) -> None:
+    result = CliRunner().invoke(app, ["bench", url])
+    assert result.exit_code == 2, result.exception
+    for change in (
+        {"scenarios": [{"kind": "server", "target": {"kind": "url", "url": url}}]},
+        {"runtimes": [{"kind": "openai", "url": url}]},
+    ):
+        with pytest.raises(RecipeError, match=r"name or password|query or fragment|no address") as e:
+            parse_recipe(pico_recipe().resolved() | {"bench": change})
+        assert "s3cr3t" not in str(e.value) + result.output
+
+
+def test_an_at_sign_in_a_path_is_no_password() -> None:
+    runtime = {"kind": "openai", "url": "http://host/@team/v1"}
+    parse_recipe(pico_recipe().resolved() | {"bench": {"runtimes": [runtime]}})
+
+
+def test_the_password_of_a_store_is_not_shown() -> None:
+    result = CliRunner().invoke(app, ["cache", "pico", "--to", "ssh://me:s3cr3t@host/folder"])
+    assert (result.exit_code, "s3cr3t" in result.output) == (2, False), result.output
+    assert "teacher_cache" in result.output
+
+
 @pytest.mark.parametrize("url", ODD[:4])
 def test_the_bench_refuses_them_without_a_traceback(url: str) -> None:
     result = CliRunner().invoke(app, ["bench", url])

@@ -61,6 +61,10 @@ def _allowed() -> list[str]:
     return [name for name in os.environ.get(ALLOWED, "").split(",") if name]
 
 
+_LOGIN = re.compile(r"://\S*@")  # to the last @: a password may hold / and #
+_QUERY = re.compile(r"(://[^\s?#]*)[?#][^\s'\"]*")
+
+
 def _may_be_sent(name: str) -> str:
     if _OURS.fullmatch(name) is None and name not in _allowed():
         raise PydanticCustomError(
@@ -79,15 +83,29 @@ KeyVariable = Annotated[
 ]
 
 
+def without_password(text: str) -> str:
+    """``text`` with *** for what may be secret in each address, for messages."""
+    return _QUERY.sub(r"\1?***", _LOGIN.sub("://***@", text))
+
+
 def mistake_of_address(url: str) -> str | None:
-    """Why ``url`` is no address of a server, or None if it may be one."""
+    """Why ``url`` is no address of a server, or None if it may be one.
+
+    What a recipe names stands in reports and certificates, so it may hold nothing secret.
+    """
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises for one that is no port
     except ValueError as error:
+        if "@" in url:  # the error would show a part of a password that holds / or #
+            return "it is no address (it holds an @)"
         return f"it is no address ({error})"
     if not url.isprintable() or " " in url:
         return "it is no address (it holds blanks or control characters)"
+    if "@" in parts.netloc:
+        return "it holds a name or password, which reports would show; put a key in key_variable"
+    if parts.query or parts.fragment:
+        return "it has a query or fragment, which reports would show; end it with its path"
     return None if parts.hostname else "it is no address (it names no host)"
 
 

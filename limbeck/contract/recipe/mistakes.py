@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel
 
+from limbeck.contract.recipe.base import without_password
+
 
 def explain(error: dict[str, Any], tree: Any, root: type[BaseModel]) -> str:
     """One line for one pydantic error: YAML path, value found, value expected, remedy."""
@@ -122,7 +124,7 @@ def kind_of(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = without_password(repr(value))
     return text if len(text) <= 60 else f"{kind_of(value)} ({text[:50]}…)"
 
 
