@@ -151,7 +151,7 @@ class RemoteStore:
         except (FileNotFoundError, LimbeckError):
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise EnvironmentalError(
                 f"{self.place}: cannot be read or written ({type(error).__name__}: {error}); check "

@@ -387,6 +387,11 @@ def explained(error: Exception) -> EnvironmentalError | None:
         return EnvironmentalError(
             f"{where}: too many open files; raise the limit with `ulimit -n`."
         )
+    if error.errno in (errno.EIO, errno.ESTALE):
+        where = where if error.filename else "a file"  # Python does not say which it was reading
+        return EnvironmentalError(
+            f"{where}: the disk or its network failed ({error.strerror}); check it and run again."
+        )
     if error.errno in _REFUSALS:
         return EnvironmentalError(
             f"{where}: the system refuses it ({error.strerror}); name another."

@@ -86,7 +86,11 @@ def test_a_huge_manifest_is_not_read(tmp_path: Path) -> None:
         (errno.EDQUOT, "out: no space left; free some room and run again."),
         (errno.ENFILE, "out: too many open files; raise the limit with `ulimit -n`."),
         (errno.EROFS, "out: the system refuses it (Read-only file system); name another."),
-        (errno.EIO, None),
+        (
+            errno.EIO,
+            "out: the disk or its network failed (Input/output error); check it and run again.",
+        ),
+        (errno.EBADF, None),
     ],
 )
 def test_an_error_of_the_system_has_a_remedy_unless_it_is_a_defect(
@@ -94,6 +98,13 @@ def test_an_error_of_the_system_has_a_remedy_unless_it_is_a_defect(
 ) -> None:
     shown = files.explained(OSError(number, os.strerror(number), "out"))
     assert (shown and str(shown)) == message
+
+
+def test_a_failed_read_is_not_called_standard_output() -> None:
+    with open("/proc/self/mem", "rb") as memory, pytest.raises(OSError) as caught:  # noqa: PT011
+        memory.read(1)  # address 0 is never mapped: the system answers EIO, without a name
+    assert caught.value.errno == errno.EIO
+    assert str(files.explained(caught.value)).startswith("a file: the disk or its network failed")
 
 
 def test_a_machine_without_a_temporary_folder_is_named() -> None:

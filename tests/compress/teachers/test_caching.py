@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import signal
@@ -14,13 +15,14 @@ from typing import Any
 import fsspec
 import psutil
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 import compress
 from compress.caching.filling import TeacherCache
 from compress.teachers import live
 from limbeck.contract import ray_cluster
 from limbeck.contract.errors import EnvironmentalError, RecipeError, UserError
-from limbeck.contract.files import read_json
+from limbeck.contract.files import explained, read_json
 from limbeck.contract.recipe import Recipe
 from limbeck.contract.sources.stores import file_system
 from tests.compress.test_compress import tiny
@@ -146,6 +148,22 @@ def test_damaged_and_half_written_shards_of_a_store_are_made_again(
     monkeypatch.setattr(live.Teachers, "__init__", lambda *_, **__: pytest.fail("a teacher ran"))
     assert compress.fill_cache(recipe=recipe, products={}) == shards
     assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_store_is_not_called_unreachable(
+    tmp_path: Path, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    machine("first")
+    recipe = stored(tmp_path, (tmp_path / "store").as_uri(), HIDDEN, blocks=8)
+    monkeypatch.setattr(LocalFileSystem, "put_file", full)
+    with pytest.raises((EnvironmentalError, OSError)) as caught:
+        compress.fill_cache(recipe=recipe, products={})
+    told = caught.value if isinstance(caught.value, EnvironmentalError) else explained(caught.value)
+    assert "no space left" in str(told)
 
 
 def test_a_store_that_cannot_be_used_is_named(
