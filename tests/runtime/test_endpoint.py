@@ -161,9 +161,10 @@ def test_an_at_sign_in_a_path_is_no_password() -> None:
 
 
 def test_the_password_of_a_store_is_not_shown() -> None:
-    result = CliRunner().invoke(app, ["cache", "pico", "--to", "ssh://me:s3cr3t@host/folder"])
+    kept = ["cache", "pico", "--set", "training.teacher_cache=hidden"]
+    result = CliRunner().invoke(app, [*kept, "--to", "ssh://me:s3cr3t@host/folder"])
     assert (result.exit_code, "s3cr3t" in result.output) == (2, False), result.output
-    assert "teacher_cache" in result.output
+    assert "teacher_cache.store" in result.output
 
 
 @pytest.mark.parametrize("url", ODD[:4])
