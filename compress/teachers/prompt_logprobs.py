@@ -30,6 +30,7 @@ _BUSY = (408, 409, 425, 429)  # besides 5xx: the same request may succeed later
 _LONG_NUMBER = re.compile(r"\b\d{4,9}\b")  # a token id that a server refuses, and hardly a limit
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
 _ABOVE_ONE = 1e-2  # nats; servers round
+_ROWS = 2  # times as many rows as its tokenizer has tokens: more has no head
 # Most bytes of an answer: for each token and likely token, and for all else.
 _ENTRY, _ERROR = 1024, 1 << 20
 _PROBE = (
@@ -116,11 +117,13 @@ class Server:
         self._require_same_texts(tokenizer, theirs)
         return {"ids": ids, "label_logp": found.label_logp_P.tolist()}
 
-    def _require_same_texts(self, tokenizer: Any, theirs: Mapping[int, str | None]) -> None:
+    def _require_same_texts(self, tokenizer: Any, theirs: Mapping[int, Any]) -> None:
         compared, different = 0, list[str]()
         for token, text in sorted(theirs.items()):
             if token >= self._vocabulary or text is None:
                 continue
+            if not isinstance(text, str):
+                raise self._wrong(f"answers the decoded_token {self._endpoint.told(repr(text))}")
             ours = tokenizer.decode([token], skip_special_tokens=False)
             if "\ufffd" in ours + text or not ours.strip():  # part of a character; space alone
                 continue
@@ -135,7 +138,8 @@ class Server:
         if len(different) > _OTHER_TEXT * compared:
             raise ModelError(
                 f"{self._where}: has another tokenizer than `tokenizer` names: of {compared} "
-                f"token ids {len(different)} are another text ({'; '.join(different[:3])}); name "
+                f"token ids {len(different)} are another text "
+                f"({self._endpoint.told('; '.join(different[:3]))}); name "
                 "the tokenizer of the served model."
             )
 
@@ -145,7 +149,7 @@ class Server:
         body = self._endpoint.body(list(ids), 1) | {"prompt_logprobs": top}
         answer = self._post(body)
         if (name := answer.get("model")) != self._endpoint.model:
-            named = self._endpoint.without_key(repr(name))
+            named = self._endpoint.told(repr(name))
             raise self._wrong(f"answers as model {named}, not {self._endpoint.model!r}")
         try:
             entries = answer["choices"][0]["prompt_logprobs"]
@@ -182,7 +186,7 @@ class Server:
             try:
                 by_id = {int(token): float(one["logprob"]) for token, one in entry.items()}
             except (KeyError, TypeError, ValueError, OverflowError):
-                shown = self._endpoint.without_key(str(entry))[:80]
+                shown = self._endpoint.told(entry)[:80]
                 raise self._wrong(
                     f"position {place}: answers what is no log-probability by token id: {shown} …"
                 ) from None
@@ -194,6 +198,11 @@ class Server:
                 )
             if any(math.isnan(v) or v > _ABOVE_ONE for v in by_id.values()) or math.isinf(label):
                 raise self._wrong(f"position {place}: answers what is no log-probability")
+            if min(by_id) < 0:
+                raise self._wrong(f"position {place}: answers the token id {min(by_id)}")
+            total = sum(map(math.exp, by_id.values()))  # also of ids beyond the tokenizer
+            if total > 1 + _ABOVE_ONE:
+                raise self._wrong(f"position {place}: its probabilities sum to {total:.3f}")
             if len(by_id) < k:
                 raise self._wrong(
                     f"position {place}: answers {len(by_id)} tokens, and {k} were asked for; set "
@@ -205,17 +214,19 @@ class Server:
                     "all of them, and the text's own token beside them"
                 )
             best = sorted(by_id.items(), key=lambda item: -item[1])[:k]
+            # None of the others is likelier than the last of these, and all sum to 1.
+            most = total + _ROWS * self._vocabulary * math.exp(best[-1][1])
+            if most < 1 - _ABOVE_ONE:
+                raise self._wrong(
+                    f"position {place}: its probabilities sum to {most:.3f} at most, whatever the "
+                    "other tokens have: they are of other numbers than log-probabilities"
+                )
             # A head can have more rows than the tokenizer has tokens; those are part of the tail.
             known = [(token, value) for token, value in best if 0 <= token < self._vocabulary]
             ids_Pk[place] = known[0][0] if known else ids[place + 1]
             for at, (token, value) in enumerate(known):
                 ids_Pk[place, at], logp_Pk[place, at] = token, value
             labels_P[place] = label
-        total_P = np.exp(logp_Pk.astype(np.float64)).sum(1)
-        if total_P.size and total_P.max() > 1 + _ABOVE_ONE:
-            raise self._wrong(
-                f"position {int(total_P.argmax())}: its probabilities sum to {total_P.max():.3f}"
-            )
         return Likeliest(ids_Pk, logp_Pk, labels_P)
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,7 +264,7 @@ class Server:
                         hint = "; is `tokenizer` that of the served model?"
                     raise EnvironmentalError(f"{self._where}: {reason}{hint}")
             except httpx2.HTTPError as error:  # not reached, cut off, or too slow
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                reason = self._endpoint.told(f"{type(error).__name__}: {error}".rstrip(": "))
             except ValueError:  # cut off inside the JSON
                 reason = "its answer is not JSON"
             if attempt >= self._model.retries or self._gone.wait(wait):

@@ -391,7 +391,7 @@ def entropy_bounds(
     """
     logp = logp_Pk.astype(np.float64)
     p_Pk = np.exp(logp)
-    known_P = -np.where(p_Pk > 0, p_Pk * logp, 0).sum(1)
+    known_P = -(p_Pk * np.where(p_Pk > 0, logp, 0)).sum(1)
     others = vocabulary - (p_Pk > 0).sum(1)
     tail_P = np.where(others > 0, np.clip(1 - p_Pk.sum(1), 0, None), 0)
     most_P = np.minimum(np.where(p_Pk > 0, p_Pk, np.inf).min(1), 1.0)

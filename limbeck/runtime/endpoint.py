@@ -23,6 +23,7 @@ from limbeck.contract.recipe.base import mistake_of_address, without_password
 CONNECT = 10.0  # seconds to reach a server
 _LISTING = 30.0  # seconds for the whole list of models
 _LIST = 16 << 20  # bytes of it
+_TOLD = 300  # characters of a server's words in a message
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class Endpoint:
             text = str(found.get("error", {}).get("message") or found.get("detail") or text)
         except (ValueError, AttributeError):
             pass
-        return f"status {status}: {self.without_key(text)[:300]}"
+        return f"status {status}: {self.told(text)}"
 
-    def without_key(self, text: str) -> str:
-        """``text`` that the server has written, without the key that it was sent."""
-        return _without(text, self.headers.get("Authorization", "").removeprefix("Bearer "))
+    def told(self, text: object) -> str:
+        """What the server has written, or an error that may quote it, for messages and rows.
+
+        At most 300 characters, and without the key that the server was sent.
+        """
+        return _told(text, self.headers.get("Authorization", "").removeprefix("Bearer "))
 
 
 def require_address(url: str) -> None:
@@ -85,7 +89,7 @@ def find_endpoint(
             elif answer.status == 404:
                 hint = "; is the path before /v1 right?"
             elif to := answer.headers.get("location"):
-                hint = f" and sends on to {_without(to, key)}; give that address, up to /v1."
+                hint = f" and sends on to {_told(to, key)}; give that address, up to /v1."
             raise EnvironmentalError(f"{base}/models: answered {answer.status}{hint}")
         found = {str(entry["id"]): entry for entry in parse_json(answer.body)["data"]}
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
@@ -96,17 +100,18 @@ def find_endpoint(
             hint = "does it speak http, without s?"
         raise EnvironmentalError(
             f"{base}/models: no OpenAI-compatible server answers there ({type(error).__name__}: "
-            f"{error}); {hint}"
+            f"{_told(error, key)}); {hint}"
         ) from None
     if model is not None and model not in found:
         raise EnvironmentalError(
-            f"{base}: no model {model!r}; it has {_without(', '.join(found), key) or 'none'}."
+            f"{base}: no model {model!r}; it has {_told(', '.join(found), key) or 'none'}."
         )
     if not found:
         raise EnvironmentalError(f"{base}: the server lists no model; name one in the recipe.")
     name = model or next(iter(found))
     context = found[name].get("max_model_len")
-    return Endpoint(base, name, headers, context if isinstance(context, int) else None)
+    is_length = type(context) is int and context > 0  # True is an int
+    return Endpoint(base, name, headers, context if is_length else None)
 
 
 @dataclass(frozen=True)
@@ -164,5 +169,10 @@ def ask(
     return found
 
 
-def _without(text: str, key: str | None) -> str:
-    return text.replace(key, "[key]") if key else text
+def _told(text: object, key: str | None) -> str:
+    """See `Endpoint.told`. JSON, Python and addresses may each quote the key in their way."""
+    shown = str(text)
+    if key:
+        forms = (rf"(?:\\{{0,4}}{re.escape(c)}|%{ord(c):02x})" for c in key)
+        shown = re.sub("".join(forms), "[key]", shown, flags=re.IGNORECASE)
+    return shown[:_TOLD]

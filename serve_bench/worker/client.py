@@ -42,7 +42,7 @@ class Stream:
 
     def read(self, line: str, now: float) -> bool:
         """Take one line of the event stream; whether it carried a token. Raises `ValueError` for an
-        error in the stream.
+        error in the stream, and for what is no event of a completion.
 
         A token's text may be empty: a special token, or a part of a character that waits for the
         rest. The end may bring the last token along or stand alone, so an event with
@@ -55,20 +55,27 @@ class Stream:
             self.finished = True
             return False
         event = parse_json(data)
-        if "error" in event:
-            raise ValueError(f"the server said: {event['error']}")
-        if usage := event.get("usage"):
-            self.prompt_tokens, self.counted = (
-                int(usage["prompt_tokens"]),
-                int(usage["completion_tokens"]),
+        try:
+            if "error" in event:
+                raise ValueError(f"the server said: {event['error']}")
+            if usage := event.get("usage"):
+                self.prompt_tokens = _count(usage["prompt_tokens"])
+                self.counted = _count(usage["completion_tokens"])
+            carried = any(
+                choice.get("text") or not choice.get("finish_reason")
+                for choice in event.get("choices") or ()
             )
-        carried = any(
-            choice.get("text") or not choice.get("finish_reason")
-            for choice in event.get("choices") or ()
-        )
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"the stream holds what is no event of a completion: {data}") from None
         if carried:
             self.at.append(now)
         return carried
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"the server's usage is no number of tokens: {value!r}")
+    return value
 
 
 def streamed(endpoint: Endpoint, prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
@@ -108,7 +115,10 @@ async def request(session: aiohttp.ClientSession, endpoint: Endpoint, body: byte
             async for line in response.content:
                 stream.read(line.decode(), clock())
     except aiohttp.ClientError as error:
-        raise ValueError(f"{type(error).__name__}: {error}".rstrip(": ")) from None
+        shown = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise ValueError(endpoint.told(shown)) from None
+    except ValueError as error:  # reports keep it
+        raise ValueError(endpoint.told(error)) from None
     if not stream.finished:
         raise ValueError("the stream ended without [DONE]")
     if not stream.at:
@@ -201,4 +211,4 @@ class OpenAi:
                     if stream.read(line, time.perf_counter()):
                         yield None
         except (httpx2.HTTPError, ValueError) as error:
-            raise EnvironmentalError(f"{url}: {error}") from None
+            raise EnvironmentalError(f"{url}: {self._endpoint.told(error)}") from None

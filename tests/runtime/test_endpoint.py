@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import ipaddress
 import queue
@@ -11,10 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -27,6 +30,7 @@ from limbeck.contract.errors import EnvironmentalError, RecipeError
 from limbeck.contract.recipe import parse_recipe
 from limbeck.runtime import endpoint
 from limbeck.runtime.endpoint import Endpoint, find_endpoint
+from serve_bench.worker.client import OpenAi, Stream, open_session, request
 from tests.pico import pico_recipe
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -240,6 +244,83 @@ def test_a_key_that_a_server_repeats_is_not_shown(monkeypatch: pytest.MonkeyPatc
     assert found.refusal(401, said) == "status 401: no such key: Bearer [key]"
     long = b"x" * 298 + b"s3cret"
     assert "s3" not in found.refusal(500, long)
+
+
+QUOTES = {
+    "header": b"HTTP/1.1 200 OK\r\nAuth orization: Bearer s3cret/key\r\n\r\n",
+    "status": b"HTTQ/1.1 200 Bearer s3cret/key\r\n\r\n",
+    "chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\ns3cret/key\r\n",
+    "address": b"HTTP/1.1 302 F\r\nLocation: http://x/?k=s3cret%2Fkey\r\nContent-Length: 0\r\n\r\n",
+    "json": b'HTTP/1.1 401 N\r\nContent-Length: 19\r\n\r\n{"a":"s3cret\\/key"}',
+    "json with more": b"HTTP/1.1 401 N\r\nContent-Length: 0\r\n\r\ns3cret\\/key",
+    "event": sized(b'data: {"error": "Bearer s3cret/key"}\n\n'),
+    "usage": sized(b'data: {"usage": {"prompt_tokens": "s3cret/key", "completion_tokens": 1}}\n\n'),
+}
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_a_key_that_broken_answers_quote_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Libraries put the broken part into their errors, and reports keep those of the bench."""
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret/key")
+    found = Endpoint("", "big", {"Authorization": "Bearer s3cret/key"})
+
+    async def measured() -> None:
+        async with open_session() as session:
+            await request(session, found, b"{}")
+
+    shown = []
+    with answering(QUOTES[name]) as url, pytest.raises(EnvironmentalError) as listed:
+        find_endpoint(url)
+    shown.append(str(listed.value))
+    with answering(QUOTES[name]) as url:
+        found = replace(found, url=f"{url}/v1")
+        with pytest.raises(ValueError, match=r"\S") as row:
+            asyncio.run(measured())
+    shown.append(str(row.value))
+    with answering(QUOTES[name]) as url:
+        found = replace(found, url=f"{url}/v1")
+        monkeypatch.setattr("serve_bench.worker.client.find_endpoint", lambda *_: found)
+        alone = OpenAi(url=url)
+        with pytest.raises(EnvironmentalError) as one:
+            alone.begin(np.zeros((1, 1), np.int64), 1)
+        alone.close()
+    shown.append(str(one.value))
+    assert not [text for text in shown if "s3cret" in text]
+    assert any("[key]" in text for text in shown)
+
+
+def test_what_a_server_says_is_cut_in_messages() -> None:
+    models = b",".join(b'{"id": "%d"}' % i for i in range(5000))
+    for answer in (
+        sized(b'{"data": [' + models + b"]}"),
+        b"HTTP/1.1 302 F\r\nContent-Length: 0\r\nLocation: http://x/" + b"a" * 5000 + b"\r\n\r\n",
+    ):
+        with answering(answer) as url, pytest.raises(EnvironmentalError) as found:
+            find_endpoint(url, "big")
+        assert len(str(found.value)) < 450
+
+
+@pytest.mark.parametrize("length", [b"-5", b"true", b"0", b"1e999", b'"9"'])
+def test_a_context_that_is_no_number_of_tokens_is_none(length: bytes) -> None:
+    listed = sized(b'{"data": [{"id": "big", "max_model_len": ' + length + b"}]}")
+    with answering(listed) as url:
+        assert find_endpoint(url).context is None
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        "5", "[]", "null", '"error"', '{"usage": 5}', '{"choices": [5]}',
+        '{"choices": 5}', '{"usage": {"prompt_tokens": -1, "completion_tokens": 1}}',
+        '{"usage": {"prompt_tokens": 1, "completion_tokens": 1e999}}',
+        '{"usage": {"prompt_tokens": 1, "completion_tokens": true}}',
+    ],
+)  # fmt: skip
+def test_an_event_that_is_none_of_a_completion_fails_its_request(event: str) -> None:
+    with pytest.raises(ValueError, match=r"no event of a completion|no number of tokens"):
+        Stream().read(f"data: {event}", 0.0)
 
 
 def test_a_part_of_an_answer_that_comes_late_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

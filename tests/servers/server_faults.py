@@ -36,6 +36,33 @@ def without_one(entries: list[Any]) -> list[Any]:
     return entries
 
 
+def with_other_numbers(entries: list[Any]) -> list[Any]:
+    """Scores that are no log-probabilities, though each could be one."""
+    return [
+        e and {t: one | {"logprob": one["logprob"] - 20} for t, one in e.items()} for e in entries
+    ]
+
+
+def with_id(token: str) -> Any:
+    def change(entries: list[Any]) -> list[Any]:
+        entries[3][token] = {"logprob": -0.01, "rank": 1}
+        return entries
+
+    return wrong(change)
+
+
+def with_text(text: Any) -> Any:
+    """The probe's answer too: it alone reads texts."""
+
+    def fault(number: int, right: dict[str, Any]) -> tuple[int, Any] | None:
+        for entry in right["choices"][0]["prompt_logprobs"][1:]:
+            for one in entry.values():
+                one["decoded_token"] = text
+        return 200, right
+
+    return fault
+
+
 FAULTS: dict[str, tuple[Any, type[LimbeckError], str]] = {
     "cut": (wrong(lambda found: found[:-2]), ModelError, "it cuts the prompt, adds a token"),
     "more": (wrong(lambda found: [None, *found]), ModelError, r"adds a token"),
@@ -65,6 +92,12 @@ FAULTS: dict[str, tuple[Any, type[LimbeckError], str]] = {
         ModelError,
         r"its probabilities sum to \d",
     ),
+    "other numbers": (wrong(with_other_numbers), ModelError, r"sum to 0\.000 at most, whatever"),
+    "minus id": (with_id("-1"), ModelError, "position 2: answers the token id -1"),
+    "id beyond": (with_id("300"), ModelError, r"position 2: its probabilities sum to 1\.\d"),
+    "text 5": (with_text(5), ModelError, "answers the decoded_token 5"),
+    "text list": (with_text(["a"]), ModelError, r"answers the decoded_token \['a'\]"),
+    "text long": (with_text("x" * 400), ModelError, r"another text \(0 is .{290,300}\); name"),
     "other k": (
         wrong(lambda found: [None, *(dict(list(e.items())[-4:]) for e in found[1:])]),
         ModelError,
