@@ -10,7 +10,8 @@ from limbeck.contract.errors import UserError
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for ``url``, and the path there. Nothing is asked of the service yet.
 
-    Raises `UserError` with the install command if the plug-in is missing, or if there is none.
+    Raises `UserError` with the install command if the plug-in is missing, if there is none, and if
+    it needs more than a URL or cannot reach its service, which some do at once.
     """
     from fsspec.core import url_to_fs  # slow to import, and seldom needed
     from fsspec.registry import known_implementations
@@ -26,5 +27,10 @@ def file_system(url: str) -> tuple[Any, str]:
     except ValueError:
         raise UserError(
             f"{url}: fsspec knows no {protocol}://; use file, s3, gs or az, or install a plug-in."
+        ) from None
+    except Exception as error:  # each plug-in has errors of its own
+        raise UserError(
+            f"{url}: fsspec cannot open it ({type(error).__name__}: {str(error)[:200]}); check the "
+            "URL and the network, or use file, s3, gs or az."
         ) from None
     return fs, path.rstrip("/")

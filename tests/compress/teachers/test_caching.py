@@ -181,6 +181,15 @@ def test_a_store_that_cannot_be_used_is_named(
         file_system("nowhere://folder")
 
 
+@pytest.mark.parametrize(
+    "url", ["reference://x", "jlab://x", "generic://x", "tar://x", "ftp://127.0.0.1:9/x"]
+)
+def test_a_store_of_a_kind_that_is_no_folder_is_refused(url: str) -> None:
+    """Their plug-ins want more than a URL, or ask their service at once."""
+    with pytest.raises(UserError, match=f"^{url}: fsspec cannot open it .*or use file, s3"):
+        file_system(url)
+
+
 # On Ray -------------------------------------------------------------------------------------------
 
 
