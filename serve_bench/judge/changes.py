@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -103,8 +104,11 @@ def widened_by_both(
 def judge_change(change: Interval, tolerance: float, *, exact: bool = False) -> Status:
     """Status of a relative change; above zero is worse.
 
-    An estimate is worse if its whole interval is past the tolerance, an exact number if it is.
+    An estimate is worse if its whole interval is past the tolerance, an exact number if it is. What
+    is no number is undecided: it lies on no side of anything.
     """
+    if math.isnan(change.value):
+        return "undecided"
     low, high = (change.value, change.value) if exact else (change.low, change.high)
     if low > tolerance:
         return "worse"

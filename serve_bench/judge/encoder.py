@@ -232,8 +232,8 @@ def _loss_gate(
 ) -> Gate:
     sentence = (
         f"{metric.replace('_', ' ').capitalize()} {ours:.4f} against {theirs:.4f} of {whose}: "
-        f"a loss of {show(loss.value, '%')} (interval for such examples {100 * loss.low:+.2f} to "
-        f"{show(loss.high, '%')}); at most {100 * bound:g} % was asked."
+        f"a loss of {show(loss.value, '%', bound)} (interval for such examples "
+        f"{100 * loss.low:+.2f} to {show(loss.high, '%')}); at most {100 * bound:g} % was asked."
     ).replace("-", "−")
     status: Status = "pass" if loss.value <= bound else "fail"
     return Gate(name, title, status, loss.value, loss.low, loss.high, bound, "%", False, sentence)

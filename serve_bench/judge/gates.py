@@ -7,15 +7,19 @@ gives the same digits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from limbeck.contract.data.evals import TITLES
 from limbeck.contract.recipe import Gates
 from limbeck.contract.results.bench import Evaluations, Gate, Interval, Status, Verdict
 
 SHARE = "of 100"  # a value of 0.05 is 5 of 100
+_MOST_DIGITS = 10  # behind the point
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,17 @@ def conclude(judged: Sequence[Gate], *, name: str, shipped: str, stand_in: bool 
 
 def fastest_teacher(evidence: Evidence) -> str | None:
     """The teacher over which the shipped form has the smallest lead in speed."""
-    return min(evidence.speedup, key=lambda name: evidence.speedup[name].value, default=None)
+    return _least({name: over.value for name, over in evidence.speedup.items()})
 
 
 def best_teacher(evidence: Evidence) -> str | None:
     """The teacher with the least NLL, averaged over the domains."""
-    return min(
-        evidence.rise_over_teachers,
-        key=lambda name: evidence.rise_over_teachers[name][0],
-        default=None,
-    )
+    return _least({name: nll for name, (nll, _) in evidence.rise_over_teachers.items()})
+
+
+def _least(values: Mapping[str, float]) -> str | None:
+    """The name of the least value. One that is no number comes first, so that a gate sees it."""
+    return min(values, key=lambda name: (not math.isnan(values[name]), values[name]), default=None)
 
 
 def timing_gates(gates: Gates, evidence: Evidence) -> list[Gate]:
@@ -227,12 +232,15 @@ def estimated(
     if not least:
         above, below = interval.high <= bound, interval.low > bound
     status: Status = "pass" if above else "fail" if below else "undecided"
+    if not math.isfinite(interval.value):
+        return _no_number(name, title, interval.value, bound, unit, least)
     if interval.bounded:
-        span = f"95 % interval {_plain(interval.low, unit)} to {show(interval.high, unit)}"
+        least_shown = _plain(interval.low, unit, bound)
+        span = f"95 % interval {least_shown} to {show(interval.high, unit, bound)}"
     else:
         span = f"{interval.n} blocks are too few for an interval"
-    asked = f"{'at least' if least else 'at most'} {show(bound, unit)} was asked"
-    sentence = f"{_capital(found.format(show(interval.value, unit)))} ({span}); {asked}."
+    value, asked = show(interval.value, unit, bound), _limit(bound, unit, least)
+    sentence = f"{_capital(found.format(value))} ({span}); {asked} was asked."
     low, high = (interval.low, interval.high) if interval.bounded else (None, None)
     return Gate(name, title, status, interval.value, low, high, bound, unit, least, sentence)
 
@@ -250,39 +258,58 @@ def exact(
     """The number itself decides; the interval of a quality figure only speaks of other text."""
     number = value.value if isinstance(value, Interval) else value
     status: Status = "pass" if (number >= bound if least else number <= bound) else "fail"
-    span = ""
-    if isinstance(value, Interval):
-        span = f" (interval for such text {_plain(value.low, unit)} to {show(value.high, unit)})"
-    shown = _rise(number) if unit == "%" else show(number, unit)
+    if not math.isfinite(number):
+        return _no_number(name, title, number, bound, unit, least)
+    low, high, span = None, None, ""
+    if isinstance(value, Interval) and not value.bounded:
+        span = f" ({value.n} of such text are too few for an interval)"
+    elif isinstance(value, Interval):
+        low, high = value.low, value.high
+        span = f" (interval for such text {_plain(low, unit)} to {show(high, unit)})"
+    shown = _rise(number, bound) if unit == "%" else show(number, unit, bound)
     sentence = f"{_capital(found.format(shown))}{span}; {_limit(bound, unit, least)} was asked."
-    low, high = (value.low, value.high) if isinstance(value, Interval) else (None, None)
     return Gate(name, title, status, number, low, high, bound, unit, least, sentence)
 
 
-def show(value: float, unit: str) -> str:
-    """A value with its unit, in significant digits."""
-    number = _plain(value, unit)
+def _no_number(name: str, title: str, value: float, bound: float, unit: str, least: bool) -> Gate:
+    """A gate whose figure is infinite or no number: no bound is met by it."""
+    sentence = f"{title}: the figure is {value:g}, not a number that can be held against a bound; "
+    sentence += f"{_limit(bound, unit, least)} was asked."
+    return Gate(name, title, "fail", value, None, None, bound, unit, least, sentence)
+
+
+def show(value: float, unit: str, bound: float | None = None) -> str:
+    """A value with its unit, in significant digits; in more of them where fewer would show the
+    value on another side of ``bound``.
+    """
+    number = _plain(value, unit, bound)
     return f"{number}{unit}" if unit == "×" else f"{number} {unit}"
 
 
-def _plain(value: float, unit: str) -> str:
-    if unit == "%":
-        return f"{100 * value:+.2f}".replace("-", "−")
-    if unit == SHARE:
-        return f"{100 * value:.1f}".replace("-", "−")
-    digits = 0 if value == int(value) or value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{digits}f}"
+def _plain(value: float, unit: str, bound: float | None = None) -> str:
+    sign, scale = ("+", 100) if unit == "%" else ("", 100 if unit == SHARE else 1)
+    exact = round(scale * value, _MOST_DIGITS)  # without the tail of binary fractions
+    digits = 2 if unit == "%" else 1
+    if unit not in ("%", SHARE) and math.isfinite(value):
+        digits = 0 if value == int(value) or value >= 100 else 1 if value >= 10 else 2
+    text = f"{exact:{sign}.{digits}f}"
+    if bound is not None:
+        limit = round(scale * bound, _MOST_DIGITS)
+        while digits < _MOST_DIGITS and np.sign(float(text) - limit) != np.sign(exact - limit):
+            digits += 1
+            text = f"{exact:{sign}.{digits}f}"
+    return text.replace("-", "−")
 
 
-def _rise(value: float) -> str:
+def _rise(value: float, bound: float) -> str:
     if value == 0:
         return "equal to"
-    return f"{100 * abs(value):.2f} % {'above' if value > 0 else 'below'}"
+    return f"{_plain(value, '%', bound)[1:]} % {'above' if value > 0 else 'below'}"
 
 
 def _limit(bound: float, unit: str, least: bool) -> str:
     if unit != "%":
-        return f"at {'least' if least else 'most'} {show(bound, unit)}"
+        return f"at {'least' if least else 'most'} {show(bound, unit, bound)}"
     if bound == 0:
         return "no rise"
     return (

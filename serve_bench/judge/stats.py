@@ -165,7 +165,12 @@ def percentile(values: Sequence[float] | Array, percent: int) -> float | None:
 
 
 def mean_interval(values: Array) -> Interval:
-    """Mean of ``values[n]`` and its percentile bootstrap interval; for display, not for gates."""
+    """Mean of ``values[n]`` and its percentile bootstrap interval; for display, not for gates.
+
+    One value shows no spread, so its interval is infinite on both sides.
+    """
+    if len(values) < 2:
+        return Interval(float(values.mean()), -math.inf, math.inf, len(values))
     picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     value = float(values.mean())
     low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
@@ -179,7 +184,8 @@ def relative_rise(
 
     Each sequence holds one array per domain, with one value per held-out block: summed NLL, and
     scored tokens. The value is exact for this text. The interval (paired percentile bootstrap,
-    blocks drawn within each domain) shows how far it may move on other text of the same kind.
+    blocks drawn within each domain) shows how far it may move on other text of the same kind. It is
+    infinite on both sides if a domain has one block alone: that shows no spread.
     """
     draw = np.random.default_rng(0)
 
@@ -192,7 +198,8 @@ def relative_rise(
     whole = [np.arange(len(n))[None] for n in labels]
     picks = [draw.integers(len(n), size=(4000, len(n))) for n in labels]
     value = float(mean(ours, whole)[0] / mean(theirs, whole)[0] - 1)
+    count = sum(len(n) for n in labels)
+    if min(len(n) for n in labels) < 2:
+        return Interval(value, -math.inf, math.inf, count)
     low, high = np.quantile(mean(ours, picks) / mean(theirs, picks) - 1, [0.025, 0.975])
-    return Interval(
-        value, min(float(low), value), max(float(high), value), sum(len(n) for n in labels)
-    )
+    return Interval(value, min(float(low), value), max(float(high), value), count)

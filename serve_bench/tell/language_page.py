@@ -231,7 +231,7 @@ def _served(judged: Judged) -> dict[str, dict[str, Any]]:
         arm: {
             "label": name,
             "quality": summarise(quality, arm),
-            "rise": rise(quality, reference.shipped_arm.id, arm),
+            "rise": rise(quality, reference.shipped_arm.id, arm).as_json(),
         }
         for name, arm in served_teachers(quality, reference).items()
     }

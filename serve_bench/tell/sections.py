@@ -265,8 +265,9 @@ def estimate(found: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
     return found["value"], found["low"], found["high"], found["n"]
 
 
-def _percent(found: Mapping[str, Any]) -> dict[str, float]:
-    return {key: 100 * found[key] for key in ("value", "low", "high")}
+def _percent(found: Mapping[str, Any]) -> dict[str, float | None]:
+    figures = {key: found[key] for key in ("value", "low", "high")}
+    return {key: None if figure is None else 100 * figure for key, figure in figures.items()}
 
 
 def _bounds(estimate: Mapping[str, Any]) -> Sequence[float]:

@@ -171,7 +171,7 @@ def _card(onnx: Artifact, student: Artifact, certificate: Mapping[str, Any]) -> 
                     "upperBound": str(figure["high"]),
                 }
             }
-            if "low" in figure
+            if figure.get("low") is not None  # too few blocks give no interval
             else {}
         )
         for kind, where, figure in _figures(certificate.get("figures") or {})

@@ -41,6 +41,8 @@ def test_an_exact_number_is_judged_by_itself() -> None:
     assert judge_change(Interval(0.009, -0.5, 0.5, 24), 0.01, exact=True) == "no difference shown"
     assert judge_change(Interval(-0.02, -0.03, -0.01, 24), 0.01, exact=True) == "better"
     assert judge_change(Interval(0.0, 0.0, 0.0, 1), 0.0, exact=True) == "no difference shown"
+    nan = float("nan")  # a rounded graph may answer so; it was called "within tolerance"
+    assert judge_change(Interval(nan, nan, nan, 24), 0.01, exact=True) == "undecided"
 
 
 def rewrite(

@@ -158,6 +158,60 @@ def test_which_teacher() -> None:
     assert (fastest_teacher(alone), best_teacher(alone)) == (None, None)
 
 
+@pytest.mark.parametrize("order", [("left", "right"), ("right", "left")])
+def test_a_teacher_whose_figure_is_no_number_fails_the_gate_wherever_it_stands(
+    order: tuple[str, str],
+) -> None:
+    rises = {"left": (2.9, Interval(-0.03, -0.05, 0.01, 24))}
+    rises["right"] = (math.nan, Interval(math.nan, math.nan, math.nan, 24))
+    speeds = {"left": Interval(4.0, 3.5, 4.5, 6), "right": Interval(*[math.nan] * 3, 6)}
+    found = evidence(
+        rise_over_teachers={name: rises[name] for name in order},
+        speedup={name: speeds[name] for name in order},
+    )
+    verdict = judge(Gates(max_loss_vs_best_teacher=0.01, min_decode_speedup=3), found)
+    assert [gate.status for gate in verdict.gates] == ["fail", "fail"]
+    assert all("nan, not a number" in gate.sentence for gate in verdict.gates)
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "said"),
+    [
+        (3.004, 3, "3.004 MB on disk; at most 3 MB was asked."),
+        (150.4, 150, "150.4 MB on disk; at most 150 MB was asked."),
+        (149.6, 149.5, "150 MB on disk; at most 149.5 MB was asked."),
+        (150, 149.5, "150 MB on disk; at most 149.5 MB was asked."),
+        (12.04, 12, "12.04 MB on disk; at most 12 MB was asked."),
+        (0.9996, 1, "0.9996 MB on disk; at most 1 MB was asked."),
+        (0.004, 0.003, "0.004 MB on disk; at most 0.003 MB was asked."),
+    ],
+)
+def test_no_rounding_puts_a_figure_on_its_bound(value: float, bound: float, said: str) -> None:
+    gate = judge(Gates(max_size_mb=bound), evidence(size=round(1e6 * value))).gates[0]
+    assert gate.sentence == said
+    assert gate.status == ("pass" if value <= bound else "fail")
+
+
+def test_no_rounding_puts_a_share_or_an_interval_on_its_bound() -> None:
+    rise = Interval(0.020004, 0.01, 0.03, 24)
+    found = evidence(
+        rise_over_fp32=rise, tpot_ms=Interval(9, 8.5, 10.001, 6), evaluations=answered(0.4996, 0.4)
+    )
+    asked = Gates(max_quantization_loss=0.02, max_tpot_ms=10, min_task={"facts": 0.5})
+    tpot, loss, task = judge(asked, found).gates
+    assert tpot.sentence.startswith("TPOT 9 ms (95 % interval 8.50 to 10.001 ms); at most 10 ms")
+    assert loss.sentence.startswith("Held-out loss 2.0004 % above that of the fp32 graph (")
+    assert task.sentence.startswith("Facts: 49.96 of 100 right (")
+    assert [tpot.status, loss.status, task.status] == ["undecided", "fail", "fail"]
+
+
+def test_one_block_gives_no_interval() -> None:
+    found = evidence(rise_over_fp32=Interval(0.002, -math.inf, math.inf, 1))
+    gate = judge(Gates(max_quantization_loss=0.01), found).gates[0]
+    assert (gate.status, gate.low, gate.high) == ("pass", None, None)
+    assert "(1 of such text are too few for an interval)" in gate.sentence
+
+
 def test_sentences_say_value_interval_and_bound() -> None:
     gates = Gates(
         min_decode_speedup=3,

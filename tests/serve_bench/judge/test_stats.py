@@ -19,6 +19,7 @@ from serve_bench.judge.stats import (
     _rank_sum_counts,
     first_look,
     is_look,
+    mean_interval,
     median_interval,
     paired_ratio,
     percentile,
@@ -145,16 +146,26 @@ def test_percentiles_need_samples() -> None:
 
 def test_relative_rise_by_hand() -> None:
     # Means of domains: ours (10/10 + 30/10) / 2 = 2, theirs (10/10 + 28/10) / 2 = 1.9.
-    labels = [np.array([5.0, 5.0]), np.array([10.0])]
+    labels = [np.array([5.0, 5.0]), np.array([5.0, 5.0])]
     ours, theirs = (
-        [np.array([4.0, 6.0]), np.array([30.0])],
-        [np.array([4.0, 6.0]), np.array([28.0])],
+        [np.array([4.0, 6.0]), np.array([15.0, 15.0])],
+        [np.array([4.0, 6.0]), np.array([14.0, 14.0])],
     )
     rise = relative_rise(ours, theirs, labels)
     assert rise.value == pytest.approx(2 / 1.9 - 1)
     assert rise.low <= rise.value <= rise.high
-    assert relative_rise(ours, ours, labels) == Interval(0.0, 0.0, 0.0, 3)
+    assert relative_rise(ours, ours, labels) == Interval(0.0, 0.0, 0.0, 4)
     assert relative_rise(ours, theirs, labels) == rise  # no hidden randomness
+
+
+def test_one_block_shows_no_spread() -> None:
+    # The interval of a mean has n - 1 in its denominator: one value has none.
+    two, one = np.array([4.0, 6.0]), np.array([9.0])
+    rise = relative_rise([two, one], [two, one + 1], [two, one])
+    assert (rise.value, rise.bounded, rise.n) == (pytest.approx(2 / (1 + 10 / 9) - 1), False, 3)
+    assert mean_interval(one) == Interval(9.0, -math.inf, math.inf, 1)
+    expected = scipy.stats.t.interval(0.95, df=0, loc=9.0, scale=1.0)
+    assert not np.isfinite(expected).any()
 
 
 def test_the_interval_of_a_rise_is_that_of_scipys_bootstrap() -> None:
