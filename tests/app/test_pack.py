@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -134,6 +135,21 @@ def test_nothing_is_packed_into_an_artifact_or_through_a_link(run: Path, tmp_pat
     done = call("pack", run, "--out", tmp_path / "new", "--zip")
     assert (done.exit_code, done.stderr.count("new.zip: is already there")) == (2, 1)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_clock_before_1980_stops_no_zip(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def copied(source: Path, target: Path) -> None:
+        copy(source, target)
+        os.utime(target, (0, 0))
+
+    monkeypatch.setattr(shutil, "copyfile", copied)
+    assert call("pack", run, "--out", tmp_path / "new", "--zip").exit_code == 0
+    with zipfile.ZipFile(tmp_path / "new.zip") as packed:
+        assert packed.getinfo("new/tokenizer.json").date_time == (1980, 1, 1, 0, 0, 0)
 
 
 def test_a_disk_that_is_full_at_the_zip_leaves_nothing(

@@ -115,7 +115,9 @@ def _zip(folder: Path, archive: Path) -> None:
     """Write the whole of ``folder`` to ``archive``, or neither of them stays."""
     try:
         with disk_full_is_a_user_error(archive), new_file(archive) as half:
-            with zipfile.ZipFile(half, "w", zipfile.ZIP_DEFLATED) as file:
+            # Zip files begin in 1980, and a machine's clock may not.
+            packed = zipfile.ZipFile(half, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False)
+            with packed as file:
                 for path in sorted(folder.rglob("*")):
                     file.write(path, path.relative_to(folder.parent))
     except BaseException:

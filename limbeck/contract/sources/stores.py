@@ -19,8 +19,11 @@ def file_system(url: str) -> tuple[Any, str]:
     protocol = url.partition("://")[0]
     try:
         fs, path = url_to_fs(url)
-    except ImportError:
-        package = known_implementations[protocol]["class"].partition(".")[0]
+    except ImportError as error:
+        known = known_implementations[protocol]
+        package = known["class"].partition(".")[0]
+        if package == "fsspec":  # its own code for the service needs another package
+            raise UserError(f"{url}: {known.get('err', error)}.") from None
         raise UserError(
             f"{url}: the Python package {package} is not installed; run: pip install {package}"
         ) from None

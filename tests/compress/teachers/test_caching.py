@@ -179,6 +179,9 @@ def test_a_store_that_cannot_be_used_is_named(
             file_system("az://container/folder")
     with pytest.raises(UserError, match="fsspec knows no nowhere://"):
         file_system("nowhere://folder")
+    if importlib.util.find_spec("paramiko") is None:
+        with pytest.raises(UserError, match='SFTPFileSystem requires "paramiko" to be installed'):
+            file_system("sftp://host/folder")
 
 
 @pytest.mark.parametrize(
