@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ ENVIRONMENT = HERE.parents[1] / ".venvs/load-generators"
 PROMPTS = ["Who are you?", "My fellow Americans,", "Grüße"]
 COUNT = 12  # new tokens
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+Generator = Callable[[str, str, Path, Path], dict[str, str]]  # answers by prompt
 
 pytestmark = pytest.mark.slow
 
@@ -31,20 +32,6 @@ def server(served: Artifact) -> Iterator[Listener]:
         pytest.skip(f"{ENVIRONMENT} is not set up; run: make test-clients")
     with serving(served.path) as listener:
         yield listener
-
-
-@pytest.mark.parametrize("kind", PATHS)
-@pytest.mark.parametrize("generator", ["vllm_bench", "aiperf", "guidellm"])
-def test_answers_are_the_decoders(
-    generator: str, kind: str, server: Listener, served: Artifact, tmp_path: Path
-) -> None:
-    text = load_text(served.path)
-    found = globals()[f"_{generator}"](kind, server.address, served.path, tmp_path)
-    for prompt in PROMPTS:
-        asked = [{"role": "user", "content": prompt}]
-        ids = text.chat(asked) if kind == "chat" else text.encode(prompt)
-        assert found.pop(prompt) == greedy(served.path, ids, COUNT)
-    assert not found
 
 
 def _vllm_bench(kind: str, address: str, tokenizer: Path, folder: Path) -> dict[str, str]:
@@ -134,3 +121,17 @@ def _run(folder: Path, program: str, *arguments: Any) -> None:
         timeout=300,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize("generator", [_vllm_bench, _aiperf, _guidellm])
+def test_answers_are_the_decoders(
+    generator: Generator, kind: str, server: Listener, served: Artifact, tmp_path: Path
+) -> None:
+    text = load_text(served.path)
+    found = generator(kind, server.address, served.path, tmp_path)
+    for prompt in PROMPTS:
+        asked = [{"role": "user", "content": prompt}]
+        ids = text.chat(asked) if kind == "chat" else text.encode(prompt)
+        assert found.pop(prompt) == greedy(served.path, ids, COUNT)
+    assert not found
